@@ -1,0 +1,135 @@
+"""class_scatter: counts, sums, sums of squares and the scatter matrix of every class, in one pass."""
+
+from typing import NamedTuple
+
+import torch
+
+from ncfast.ops import dispatch
+
+PRECISIONS = ("highest", "high", "medium")
+FEATURE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class ClassScatter(NamedTuple):
+    """What one pass over N features of C classes in p dimensions leaves, about a shift k_c per class."""
+
+    counts: torch.Tensor
+    """[C] int64: n_c, the samples of class c."""
+    sums: torch.Tensor
+    """[C, p] float64: Σ_i (h_i − k_c) over the samples of class c."""
+    sumsq: torch.Tensor
+    """[C] float64: Σ_i ‖h_i − k_c‖² over the samples of class c."""
+    scatter: torch.Tensor | None
+    """[p, p] float64, symmetric: Σ_i (h_i − k_{y_i})(h_i − k_{y_i})ᵀ over all samples."""
+    radii: torch.Tensor | None
+    """[N] float32 (float64 for float64 features): ‖h_i − k_{y_i}‖, NaN for an ignored row."""
+
+
+def class_scatter(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    scatter: bool = True,
+    radii: bool = False,
+    precision: str = "high",
+    ignore_index: int = -100,
+) -> ClassScatter:
+    """Sum (h − k_y), ‖h − k_y‖² and (h − k_y)(h − k_y)ᵀ per class while reading the features once.
+
+    The shift k_c is subtracted before anything is squared or rounded, so that rounding is relative to the within-class
+    scale and not to ‖h‖: choose it within about a standard deviation of the class mean (the first feature seen will do).
+
+    Args:
+        features: [N, p] float32, float64, bfloat16 or float16; any strides.
+        labels: [N] integer, each in [0, C) or equal to `ignore_index`. Ignored rows are never read.
+        shift: [C, p]; rounded to float32, or to float64 when the features are float64, before it is used.
+        scatter: also return the p×p scatter.
+        radii: also return every sample's distance to its class's shift.
+        precision: of the products in `scatter`, in the words of `torch.set_float32_matmul_precision`: "highest" is
+            float32, "high" two bfloat16 per float32 (relative error about 2⁻¹⁶), "medium" one bfloat16. A backend may
+            do better. float64 features are multiplied in float64. Counts, sums and sums of squares do not depend on it.
+        ignore_index: the label of the rows to leave out.
+
+    Returns:
+        ClassScatter, in float64 whatever the features' dtype. A class without samples has zeros.
+
+    Raises:
+        TypeError: a dtype that is not listed above. ValueError: shapes or devices that do not agree, an unknown precision; on
+            the CPU also a label outside [0, C), or a NaN or infinity in the features, naming the first such row. On other
+            devices these two are the caller's duty: finding them would synchronise.
+    """
+    check_features(features)
+    check_labels(labels, features)
+    if shift.ndim != 2 or shift.shape[1] != features.shape[1]:
+        raise ValueError(f"shift must have shape [C, {features.shape[1]}], got {list(shift.shape)}")
+    if not shift.is_floating_point():
+        raise TypeError(f"shift must be floating point, got {shift.dtype}")
+    if shift.device != features.device:
+        raise ValueError(f"shift is on {shift.device} but features are on {features.device}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if features.device.type == "cpu":
+        check_label_range(labels, shift.shape[0], ignore_index)
+    run = dispatch.select("class_scatter", features)
+    result: ClassScatter = run(
+        features.detach(),
+        labels,
+        shift.detach().to(shift_dtype(features.dtype)),
+        scatter=scatter,
+        radii=radii,
+        precision=precision,
+        ignore_index=ignore_index,
+    )
+    if features.device.type == "cpu" and not result.sumsq.isfinite().all():
+        raise_for_nonfinite(features, labels, ignore_index)
+    return result
+
+
+def shift_dtype(features_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the shift is subtracted: float64 for float64 features, else float32."""
+    return torch.float64 if features_dtype == torch.float64 else torch.float32
+
+
+def check_features(features: torch.Tensor, name: str = "features") -> None:
+    """Raise unless `features` is a [N, p] tensor of a dtype that the kernels read."""
+    if not isinstance(features, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f"{name} must have shape [N, p] with p ≥ 1, got {list(features.shape)}")
+    if features.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {features.dtype}")
+
+
+def check_labels(labels: torch.Tensor, features: torch.Tensor, name: str = "labels") -> None:
+    """Raise unless `labels` is an integer tensor with one entry per row of `features`, on the same device."""
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{name} must be integers (int64, int32, …), got {labels.dtype}")
+    if labels.ndim != 1 or labels.shape[0] != features.shape[0]:
+        raise ValueError(f"{name} must have shape [{features.shape[0]}], got {list(labels.shape)}")
+    if labels.device != features.device:
+        raise ValueError(f"{name} are on {labels.device} but features are on {features.device}")
+
+
+def check_label_range(labels: torch.Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise for the first label that is neither in [0, C) nor `ignore_index`. Synchronises on a GPU."""
+    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"label {int(labels[row])} in row {row} is outside [0, {num_classes})")
+
+
+def nonfinite_rows(features: torch.Tensor) -> torch.Tensor:
+    """[N] bool: the rows that hold a NaN or an infinity."""
+    return ~features.isfinite().all(1)
+
+
+def raise_for_nonfinite(features: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> None:
+    """Raise naming the first row in use that holds a NaN or an infinity, or saying that squares overflowed."""
+    bad = nonfinite_rows(features) & (labels != ignore_index)
+    if bad.any():
+        raise ValueError(f"features hold a NaN or an infinity in row {int(bad.nonzero()[0])}")
+    raise ValueError("features are so large that their squares overflow; pass them as float64")

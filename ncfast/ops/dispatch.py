@@ -1,0 +1,116 @@
+"""The only place that knows which backends exist, and picks one.
+
+A backend of an operation is a module `ncfast.ops.<operation>.<backend>` with two functions: the operation itself, and
+`refuses(features) -> str | None`, which says why it cannot take these features (None: it can). Nothing is
+picked by trying and catching: a backend runs when the machine has it and it does not refuse.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+
+_forced: ContextVar[str | None] = ContextVar("ncfast_forced_backend", default=None)
+_recording: ContextVar[list[tuple[str, str]] | None] = ContextVar("ncfast_recording", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend ("reference", "cpu", "triton" or "cuda") for every operation inside the `with` block.
+
+    A forced backend runs or raises RuntimeError; it never falls back. Takes precedence over the environment variable
+    `NCFAST_BACKEND`. Local to the current thread and async task.
+    """
+    token = _forced.set(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[tuple[str, str]]]:
+    """Collect the (operation, backend) pairs that run inside the `with` block, in order."""
+    calls: list[tuple[str, str]] = []
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
+
+
+def select(operation: str, features: torch.Tensor) -> Callable[..., Any]:
+    """Return the function that computes `operation` for these features, and record the choice."""
+    forced = forced_backend()
+    for backend in (forced,) if forced else BACKENDS:
+        reason = _refusal(operation, backend, features)
+        if reason is None:
+            calls = _recording.get()
+            if calls is not None:
+                calls.append((operation, backend))
+            return getattr(_module(operation, backend), operation)
+        if forced:
+            raise RuntimeError(f"backend {backend!r} was forced but cannot run {operation}: {reason}")
+    raise AssertionError("the reference never refuses")
+
+
+def explain(operation: str, features: torch.Tensor) -> list[tuple[str, str]]:
+    """Say for every backend why it would or would not run `operation` on these features, in order of preference."""
+    forced, picked, lines = forced_backend(), False, []
+    for backend in BACKENDS:
+        reason = _refusal(operation, backend, features)
+        if forced and backend != forced:
+            reason = f"backend {forced!r} is forced"
+        elif reason is None and picked:
+            reason = "available; a faster backend comes first"
+        elif reason is None:
+            reason, picked = "runs", True
+        lines.append((backend, reason))
+    return lines
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `use_backend` or `NCFAST_BACKEND`, or None."""
+    environment = os.environ.get("NCFAST_BACKEND") or None
+    return _forced.get() or (_known(environment, "NCFAST_BACKEND") if environment else None)
+
+
+def unavailable(backend: str) -> str | None:
+    """Why this installation cannot run `backend` at all, or None when it can."""
+    module, remedy = {
+        "cuda": ("ncfast._cuda", "ncfast was built without CUDA"),
+        "triton": ("triton", "Triton is not installed"),
+        "cpu": ("ncfast._cpu", "ncfast was built without its C++ extension"),
+        "reference": ("torch", ""),
+    }[backend]
+    return None if importlib.util.find_spec(module) else remedy
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; choose one of {', '.join(sorted(BACKENDS))}")
+    return name
+
+
+def _refusal(operation: str, backend: str, features: torch.Tensor) -> str | None:
+    if not _exists(operation, backend):
+        return f"{operation} has no {backend} implementation"
+    return unavailable(backend) or _module(operation, backend).refuses(features)
+
+
+@functools.cache
+def _exists(operation: str, backend: str) -> bool:
+    return importlib.util.find_spec(f"ncfast.ops.{operation}.{backend}") is not None
+
+
+def _module(operation: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"ncfast.ops.{operation}.{backend}")
