@@ -48,8 +48,11 @@ def record() -> Iterator[list[tuple[str, str]]]:
         _recording.reset(token)
 
 
-def select(operation: str, features: torch.Tensor) -> Callable[..., Any]:
-    """Return the function that computes `operation` for these features, and record the choice."""
+def select(operation: str, features: torch.Tensor, function: str | None = None) -> Callable[..., Any]:
+    """Return the function of the backend that runs `operation` for these features, and record the choice.
+
+    `function` names a further function of the same room; by default it is the one named after the operation.
+    """
     forced = forced_backend()
     for backend in (forced,) if forced else BACKENDS:
         reason = _refusal(operation, backend, features)
@@ -57,7 +60,7 @@ def select(operation: str, features: torch.Tensor) -> Callable[..., Any]:
             calls = _recording.get()
             if calls is not None:
                 calls.append((operation, backend))
-            return getattr(_module(operation, backend), operation)
+            return getattr(_module(operation, backend), function or operation)
         if forced:
             raise RuntimeError(f"backend {backend!r} was forced but cannot run {operation}: {reason}")
     raise AssertionError("the reference never refuses")

@@ -23,7 +23,7 @@ class ClassScatter(NamedTuple):
     scatter: torch.Tensor | None
     """[p, p] float64, symmetric: Σ_i (h_i − k_{y_i})(h_i − k_{y_i})ᵀ over all samples."""
     radii: torch.Tensor | None
-    """[N] float32 (float64 for float64 features): ‖h_i − k_{y_i}‖, NaN for an ignored row."""
+    """[N] float32 or float64: ‖h_i − k_{y_i}‖, NaN for an ignored row."""
 
 
 def class_scatter(

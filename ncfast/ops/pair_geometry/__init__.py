@@ -1,0 +1,144 @@
+"""pair_geometry: what all pairs of classes say, reduced on the way: no caller ever holds a C×C matrix."""
+
+from typing import NamedTuple
+
+import torch
+
+from ncfast.ops import dispatch
+
+
+class PairGeometry(NamedTuple):
+    """Reductions over all ordered pairs (c, c′), c ≠ c′, of the rows u_c of one [C, p] matrix; all float64."""
+
+    cosine_mean: torch.Tensor
+    """[]: Avg of cos(u_c, u_c′)."""
+    cosine_std: torch.Tensor
+    """[]: population standard deviation of cos(u_c, u_c′)."""
+    cosine_min: torch.Tensor
+    """[]: the smallest cosine."""
+    cosine_max: torch.Tensor
+    """[]: the largest cosine."""
+    max_angle_deviation: torch.Tensor
+    """[]: Avg of |cos(u_c, u_c′) + 1/(C − 1)|."""
+    log_kernel_mean: torch.Tensor
+    """[]: Avg of log ‖û_c − û_c′‖⁻¹, û = u/‖u‖."""
+    log_kernel_std: torch.Tensor
+    """[]: population standard deviation of log ‖û_c − û_c′‖⁻¹."""
+    nearest_distance: torch.Tensor
+    """[C]: min over c′ of ‖u_c − u_c′‖."""
+    nearest_index: torch.Tensor
+    """[C] int64: the c′ of that minimum, the lowest on ties."""
+    cdnv: torch.Tensor | None
+    """[]: Avg of (s_c + s_c′) / (2 ‖u_c − u_c′‖²) with the variances s; None when none were given."""
+
+
+def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None = None) -> PairGeometry:
+    """Reduce the cosines, distances and kernels of all pairs of rows in one sweep.
+
+    Args:
+        vectors: [C, p] floating point, C ≥ 2: centred class means, or a classifier's weight. Computed in float64.
+        variances: [C] floating point, each class's variance Avg_i ‖h_i − μ_c‖², to get the CDNV.
+
+    Returns:
+        PairGeometry. A row of zeros has no direction: every cosine and kernel statistic is then NaN. Two rows
+        of equal direction put an infinity in the kernel's, two equal rows one in the CDNV.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not agree; C < 2.
+
+    Source: cosines: Papyan, Han & Donoho (PNAS 2020), Figs. 3 and 4; CDNV: Galanti, György & Hutter (ICLR 2022);
+    logarithmic kernel: Liu et al. (ICLR 2023) and Wu & Papyan (NeurIPS 2024).
+    """
+    _check_rows(vectors, "vectors", minimum=2)
+    if variances is not None:
+        _check_floating(variances, "variances")
+        if variances.shape != vectors.shape[:1]:
+            raise ValueError(f"variances must have shape [{vectors.shape[0]}], got {list(variances.shape)}")
+        _check_device(variances, "variances", vectors, "vectors")
+        variances = variances.detach().double()
+    return dispatch.select("pair_geometry", vectors)(vectors.detach().double(), variances)
+
+
+def etf_error(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Tensor:
+    """Distance of the normalised Gram matrix from the ideal one: ‖G/‖G‖_F − (I − 𝟙𝟙ᵀ/C)/√(C − 1)‖_F, G = L Rᵀ.
+
+    Args:
+        left: [C, p] floating point, C ≥ 2.
+        right: [C, p] floating point, or None for R = L.
+
+    Returns:
+        [] float64, in [0, 2]; NaN when G is zero.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not agree; C < 2.
+
+    Source: Zhu et al. (NeurIPS 2021), "A geometric analysis of neural collapse with unconstrained features", §5.
+    """
+    _check_rows(left, "left", minimum=2)
+    if right is not None:
+        _check_rows(right, "right", minimum=2)
+        _check_device(right, "right", left, "left")
+        if right.shape != left.shape:
+            raise ValueError(f"right must have shape {list(left.shape)}, got {list(right.shape)}")
+        right = right.detach().double()
+    return dispatch.select("pair_geometry", left, "etf_error")(left.detach().double(), right)
+
+
+def decision_radius(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    anchors: torch.Tensor,
+    classes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Distance from each anchor to the decision boundary of its class, under argmax_c ⟨v_c, h⟩ + b_c.
+
+    ρ_a = min_{c ≠ a} [⟨v_a − v_c, μ_a⟩ + b_a − b_c] / ‖v_a − v_c‖: every h with ‖h − μ_a‖ < ρ_a is decided a; a negative ρ_a
+    means that the anchor itself is decided otherwise. For the nearest-class-centre rule ρ_a is half the distance
+    to the nearest other mean. With one class ρ is +∞. A class c with v_c = v_a counts as +∞ or −∞, by the biases and then the lower index.
+
+    Args:
+        weight: [C, p] floating point.
+        bias: [C] floating point, or None for zeros.
+        anchors: [A, p] floating point, one per class of `classes`.
+        classes: [A] int64, the class a of each anchor; None for 0 … C − 1, when A = C.
+
+    Returns:
+        [A] float64, in the units of the features.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not agree.
+
+    Source: Theorem 3 of Papyan, Han & Donoho (PNAS 2020), whose error exponent is β = ½ min_a ρ_a².
+    """
+    _check_rows(weight, "weight", minimum=1)
+    _check_rows(anchors, "anchors", minimum=0)
+    C = weight.shape[0]
+    bias = weight.new_zeros(C) if bias is None else bias
+    classes = torch.arange(C, device=weight.device) if classes is None else classes
+    _check_floating(bias, "bias")
+    if bias.shape != (C,):
+        raise ValueError(f"bias must have shape [{C}], got {list(bias.shape)}")
+    if anchors.shape != (classes.shape[0], weight.shape[1]):
+        raise ValueError(
+            f"anchors must have shape {[classes.shape[0], weight.shape[1]]}, got {list(anchors.shape)}"
+        )
+    for tensor, name in ((bias, "bias"), (anchors, "anchors"), (classes, "classes")):
+        _check_device(tensor, name, weight, "weight")
+    run = dispatch.select("pair_geometry", weight, "decision_radius")
+    return run(weight.detach().double(), bias.detach().double(), anchors.detach().double(), classes)
+
+
+def _check_floating(tensor: torch.Tensor, name: str) -> None:
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point torch.Tensor")
+
+
+def _check_rows(rows: torch.Tensor, name: str, minimum: int) -> None:
+    _check_floating(rows, name)
+    if rows.ndim != 2 or rows.shape[0] < minimum or rows.shape[1] == 0:
+        raise ValueError(f"{name} must have shape [C, p] with C ≥ {minimum}, p ≥ 1, got {list(rows.shape)}")
+
+
+def _check_device(tensor: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}")
