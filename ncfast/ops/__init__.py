@@ -6,6 +6,7 @@
 | `affine_argmax` | every decision rule: the classifier's and the nearest-class-centre one         |
 | `pair_geometry` | all pairs of classes: angles, distances, decision radii                        |
 
-A room holds `__init__.py` (the contract and the argument checks), `reference.py` (float64 PyTorch, straight from
-the formula) and one module per fast backend with the same signature. `dispatch.py` alone knows which one runs.
+A room holds `__init__.py` (the contract and the argument checks), `reference.py` (float64 PyTorch, straight
+from the formula) and one module per fast backend with the same signature. `dispatch.py` alone knows which one
+runs.
 """

@@ -1,7 +1,8 @@
 """The only place that knows which backends exist, and picks one.
 
-A backend of an operation is a module `ncfast.ops.<operation>.<backend>` with two functions: the operation itself, and
-`refuses(features) -> str | None`, which says why it cannot take these features (None: it can). Nothing is
+A backend of an operation is a module `ncfast.ops.<operation>.<backend>` with two functions: the operation
+itself, and `refuses(features) -> str | None`, which says why it cannot take these features (None: it can).
+Nothing is
 picked by trying and catching: a backend runs when the machine has it and it does not refuse.
 """
 
@@ -27,8 +28,8 @@ _recording: ContextVar[list[tuple[str, str]] | None] = ContextVar("ncfast_record
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend ("reference", "cpu", "triton" or "cuda") for every operation inside the `with` block.
 
-    A forced backend runs or raises RuntimeError; it never falls back. Takes precedence over the environment variable
-    `NCFAST_BACKEND`. Local to the current thread and async task.
+    A forced backend runs or raises RuntimeError; it never falls back. Takes precedence over the environment
+    variable `NCFAST_BACKEND`. Local to the current thread and async task.
     """
     token = _forced.set(_known(name, "use_backend"))
     try:
@@ -67,7 +68,7 @@ def select(operation: str, features: torch.Tensor, function: str | None = None) 
 
 
 def explain(operation: str, features: torch.Tensor) -> list[tuple[str, str]]:
-    """Say for every backend why it would or would not run `operation` on these features, in order of preference."""
+    """Say of every backend, in order of preference, why it would or would not run `operation` here."""
     forced, picked, lines = forced_backend(), False, []
     for backend in BACKENDS:
         reason = _refusal(operation, backend, features)

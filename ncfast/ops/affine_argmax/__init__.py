@@ -11,28 +11,28 @@ from ncfast.ops.class_scatter import check_features
 def affine_argmax(
     features: torch.Tensor,
     weight: torch.Tensor | Sequence[torch.Tensor],
-    bias: torch.Tensor | None | Sequence[torch.Tensor | None] = None,
+    bias: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Decide argmax_c ⟨v_c, h⟩ + b_c for every row h, without ever holding the [N, C] scores.
 
-    The answer is the float64 answer whatever the dtype of the features: all inputs are taken as exact, scores are
-    those of float64 arithmetic. Ties go to the lowest index.
+    The answer is the float64 answer whatever the dtype of the features: all inputs are taken as exact, scores
+    are those of float64 arithmetic. Ties go to the lowest index.
 
     Args:
         features: [N, p] float32, float64, bfloat16 or float16.
-        weight: [C, p], the rows v_c, any floating dtype, C ≥ 1; or a sequence of such, one per rule (C may differ): all rules
-            are then decided in one read of the features.
+        weight: [C, p], the rows v_c, any floating dtype, C ≥ 1; or a sequence of such, one per rule (C may
+            differ): all rules are then decided in one read of the features.
         bias: [C] or None (zeros); a sequence of the same length when `weight` is one.
 
     Returns:
-        [N] int64; for a sequence of rules a tuple of them. A row of the features that holds a NaN gives an index in
-        range, without meaning.
+        [N] int64; for a sequence of rules a tuple of them. A row of the features that holds a NaN gives an
+        index in range, without meaning.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree.
 
-    Source: Papyan, Han & Donoho (PNAS 2020), NC4: the network classifier is (W, b); the nearest-class-centre rule
-    argmin_c ‖h − μ_c‖ is (μ, −½‖μ_c‖²).
+    Source: Papyan, Han & Donoho (PNAS 2020), NC4: the network classifier is (W, b); the nearest-class-centre
+    rule argmin_c ‖h − μ_c‖ is (μ, −½‖μ_c‖²).
     """
     single = isinstance(weight, torch.Tensor)
     weights = [weight] if single else list(weight)
@@ -58,15 +58,15 @@ def nearest_class_center(features: torch.Tensor, means: torch.Tensor) -> torch.T
         means: [C, p], any floating dtype.
 
     Returns:
-        [N] int64, the float64 answer; ties go to the lowest index. A mean that holds a NaN (an absent class, as in
-        `ClassStatistics.means`) is never chosen.
+        [N] int64, the float64 answer; ties go to the lowest index. A mean that holds a NaN (an absent class,
+        as in `ClassStatistics.means`) is never chosen.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree; no mean without NaN.
 
     Source: Papyan, Han & Donoho (PNAS 2020), NC4 and Fig. 7.
     """
-    _check_rows(features, means, "means")
+    means = _checked_rows(features, means, "means")
     present = ~means.isnan().any(1)
     if not present.any():
         raise ValueError("means: no class is present (every row holds a NaN)")
@@ -86,7 +86,15 @@ def center_rule(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return centred, -0.5 * centred.square().sum(1) - centred @ middle
 
 
-def _check_rows(features: torch.Tensor, rows: torch.Tensor, name: str) -> None:
+def _decide(
+    features: torch.Tensor, rules: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, ...]:
+    if features.shape[0] == 0:
+        return tuple(torch.empty(0, dtype=torch.int64, device=features.device) for _ in rules)
+    return dispatch.select("affine_argmax", features)(features.detach(), rules)
+
+
+def _checked_rows(features: torch.Tensor, rows: object, name: str) -> torch.Tensor:
     check_features(features)
     if not isinstance(rows, torch.Tensor) or not rows.is_floating_point():
         raise TypeError(f"{name} must be a floating-point torch.Tensor")
@@ -96,18 +104,17 @@ def _check_rows(features: torch.Tensor, rows: torch.Tensor, name: str) -> None:
         )
     if rows.device != features.device:
         raise ValueError(f"{name} is on {rows.device} but features are on {features.device}")
+    return rows.detach()
 
 
-def _checked_rule(
-    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_rows(features, weight, "weight")
+def _checked_rule(features: torch.Tensor, weight: object, bias: object) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = _checked_rows(features, weight, "weight")
     if bias is None:
-        return weight.detach(), weight.new_zeros(weight.shape[0])
+        return rows, rows.new_zeros(rows.shape[0])
     if not isinstance(bias, torch.Tensor) or not bias.is_floating_point():
         raise TypeError("bias must be a floating-point torch.Tensor or None")
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias.shape != rows.shape[:1]:
+        raise ValueError(f"bias must have shape [{rows.shape[0]}], got {list(bias.shape)}")
     if bias.device != features.device:
         raise ValueError(f"bias is on {bias.device} but features are on {features.device}")
-    return weight.detach(), bias.detach()
+    return rows, bias.detach()

@@ -23,7 +23,8 @@ def _argmax(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
     best = h.new_full((h.shape[0],), -torch.inf)
     index = torch.zeros(h.shape[0], dtype=torch.int64, device=h.device)
     for c in range(weight.shape[0]):
-        # One matrix-vector product per class: equal rows of the weight get bitwise equal scores, so that ties are ties.
+        # One matrix-vector product per class: equal rows of the weight get bitwise equal scores, so that ties
+        # are ties.
         score = torch.mv(h, weight[c].clone()) + bias[c]
         better = score > best
         best = torch.where(better, score, best)

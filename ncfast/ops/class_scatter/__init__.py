@@ -38,8 +38,9 @@ def class_scatter(
 ) -> ClassScatter:
     """Sum (h − k_y), ‖h − k_y‖² and (h − k_y)(h − k_y)ᵀ per class while reading the features once.
 
-    The shift k_c is subtracted before anything is squared or rounded, so that rounding is relative to the within-class
-    scale and not to ‖h‖: choose it within about a standard deviation of the class mean (the first feature seen will do).
+    The shift k_c is subtracted before anything is squared or rounded, so that rounding is relative to the
+    within-class scale and not to ‖h‖: choose it within about a standard deviation of the class mean (the
+    first feature seen will do).
 
     Args:
         features: [N, p] float32, float64, bfloat16 or float16; any strides.
@@ -47,18 +48,20 @@ def class_scatter(
         shift: [C, p]; rounded to float32, or to float64 when the features are float64, before it is used.
         scatter: also return the p×p scatter.
         radii: also return every sample's distance to its class's shift.
-        precision: of the products in `scatter`, in the words of `torch.set_float32_matmul_precision`: "highest" is
-            float32, "high" two bfloat16 per float32 (relative error about 2⁻¹⁶), "medium" one bfloat16. A backend may
-            do better. float64 features are multiplied in float64. Counts, sums and sums of squares do not depend on it.
+        precision: of the products in `scatter`, in the words of `torch.set_float32_matmul_precision`:
+            "highest" is float32, "high" two bfloat16 per float32 (relative error about 2⁻¹⁶), "medium" one
+            bfloat16. A backend may do better. float64 features are multiplied in float64. Counts, sums and
+            sums of squares do not depend on it.
         ignore_index: the label of the rows to leave out.
 
     Returns:
         ClassScatter, in float64 whatever the features' dtype. A class without samples has zeros.
 
     Raises:
-        TypeError: a dtype that is not listed above. ValueError: shapes or devices that do not agree, an unknown precision; on
-            the CPU also a label outside [0, C), or a NaN or infinity in the features, naming the first such row. On other
-            devices these two are the caller's duty: finding them would synchronise.
+        TypeError: a dtype that is not listed above. ValueError: shapes or devices that do not agree, an
+            unknown precision; on the CPU also a label outside [0, C), or a NaN or infinity in the features,
+            naming the first such row. On other devices these two are the caller's duty: finding them would
+            synchronise.
     """
     check_features(features)
     check_labels(labels, features)
@@ -128,7 +131,7 @@ def nonfinite_rows(features: torch.Tensor) -> torch.Tensor:
 
 
 def raise_for_nonfinite(features: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> None:
-    """Raise naming the first row in use that holds a NaN or an infinity, or saying that squares overflowed."""
+    """Raise naming the first row in use with a NaN or infinity, or saying that squares overflowed."""
     bad = nonfinite_rows(features) & (labels != ignore_index)
     if bad.any():
         raise ValueError(f"features hold a NaN or an infinity in row {int(bad.nonzero()[0])}")

@@ -8,7 +8,7 @@ from ncfast.ops import dispatch
 
 
 class PairGeometry(NamedTuple):
-    """Reductions over all ordered pairs (c, c′), c ≠ c′, of the rows u_c of one [C, p] matrix; all float64."""
+    """Reductions over all ordered pairs c ≠ c′ of the rows u_c of one [C, p] matrix, in float64."""
 
     cosine_mean: torch.Tensor
     """[]: Avg of cos(u_c, u_c′)."""
@@ -36,7 +36,8 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None = None) 
     """Reduce the cosines, distances and kernels of all pairs of rows in one sweep.
 
     Args:
-        vectors: [C, p] floating point, C ≥ 2: centred class means, or a classifier's weight. Computed in float64.
+        vectors: [C, p] floating point, C ≥ 2: centred class means, or a classifier's weight. Computed in
+            float64.
         variances: [C] floating point, each class's variance Avg_i ‖h_i − μ_c‖², to get the CDNV.
 
     Returns:
@@ -46,7 +47,8 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None = None) 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree; C < 2.
 
-    Source: cosines: Papyan, Han & Donoho (PNAS 2020), Figs. 3 and 4; CDNV: Galanti, György & Hutter (ICLR 2022);
+    Source: cosines: Papyan, Han & Donoho (PNAS 2020), Figs. 3 and 4; CDNV: Galanti, György & Hutter (ICLR
+    2022);
     logarithmic kernel: Liu et al. (ICLR 2023) and Wu & Papyan (NeurIPS 2024).
     """
     _check_rows(vectors, "vectors", minimum=2)
@@ -60,7 +62,7 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None = None) 
 
 
 def etf_error(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Tensor:
-    """Distance of the normalised Gram matrix from the ideal one: ‖G/‖G‖_F − (I − 𝟙𝟙ᵀ/C)/√(C − 1)‖_F, G = L Rᵀ.
+    """Distance from the simplex ETF: ‖G/‖G‖_F − (I − 𝟙𝟙ᵀ/C)/√(C − 1)‖_F with the Gram matrix G = L Rᵀ.
 
     Args:
         left: [C, p] floating point, C ≥ 2.
@@ -72,7 +74,8 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Te
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree; C < 2.
 
-    Source: Zhu et al. (NeurIPS 2021), "A geometric analysis of neural collapse with unconstrained features", §5.
+    Source: Zhu et al. (NeurIPS 2021), "A geometric analysis of neural collapse with unconstrained features",
+    §5.
     """
     _check_rows(left, "left", minimum=2)
     if right is not None:
@@ -92,9 +95,10 @@ def decision_radius(
 ) -> torch.Tensor:
     """Distance from each anchor to the decision boundary of its class, under argmax_c ⟨v_c, h⟩ + b_c.
 
-    ρ_a = min_{c ≠ a} [⟨v_a − v_c, μ_a⟩ + b_a − b_c] / ‖v_a − v_c‖: every h with ‖h − μ_a‖ < ρ_a is decided a; a negative ρ_a
-    means that the anchor itself is decided otherwise. For the nearest-class-centre rule ρ_a is half the distance
-    to the nearest other mean. With one class ρ is +∞. A class c with v_c = v_a counts as +∞ or −∞, by the biases and then the lower index.
+    ρ_a = min_{c ≠ a} [⟨v_a − v_c, μ_a⟩ + b_a − b_c] / ‖v_a − v_c‖: every h with ‖h − μ_a‖ < ρ_a is decided a;
+    a negative ρ_a means that the anchor itself is decided otherwise. For the nearest-class-centre rule ρ_a is
+    half the distance to the nearest other mean. With one class ρ is +∞. A class c with v_c = v_a counts as +∞
+    or −∞, by the biases and then the lower index.
 
     Args:
         weight: [C, p] floating point.
@@ -103,7 +107,7 @@ def decision_radius(
         classes: [A] int64, the class a of each anchor; None for 0 … C − 1, when A = C.
 
     Returns:
-        [A] float64, in the units of the features.
+        [A] float64, in the units of the features, off by at most (p + 4) 2⁻⁵² (‖μ_a‖ + |ρ_a|).
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree.

@@ -1,0 +1,431 @@
+"""measure() and measure_model(): the one-call entry points."""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+
+from ncfast.collapse import GLOBAL_MEANS, CollapseReport, check_classifier, collapse
+from ncfast.ops.affine_argmax import affine_argmax, center_rule
+from ncfast.ops.class_scatter import (
+    check_features,
+    check_label_range,
+    check_labels,
+    class_scatter,
+    nonfinite_rows,
+    raise_for_nonfinite,
+    shift_dtype,
+)
+from ncfast.ops.pair_geometry import decision_radius
+from ncfast.statistics import ClassStatistics
+
+Array = torch.Tensor | np.ndarray
+T = TypeVar("T")
+
+_CHUNK = 1 << 26  # elements of the features handled at once: bounds what the float64 reference holds
+_SHIFT_ROWS = (
+    16  # rows per class behind the shift: its distance from the mean is then σ/4, and so are the radii's
+)
+
+
+def measure(
+    features: Array,
+    labels: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    test: tuple[Array, Array] | None = None,
+    global_mean: str = "samples",
+    precision: str = "high",
+    ignore_index: int = -100,
+    nonfinite: str = "error",
+    progress: bool = False,
+    num_classes: int | None = None,
+    certificates: bool = True,
+) -> CollapseReport:
+    """Measure NC1–NC4 and their kin of a set of features held in memory, or memory-mapped.
+
+    The features are read once for the statistics. Samples whose distance to their class mean is below the
+    decision radius of both rules are decided by that alone; only the others are read again for NC4.
+
+    Args:
+        features: [N, p] last-layer training features, float32, float64, bfloat16 or float16; torch.Tensor or
+            numpy array.
+        labels: [N] integers in [0, C), or `ignore_index`.
+        weight: [C, p] the classifier W; None leaves its numbers, NC4 among them, None.
+        bias: [C] the classifier's b; None means zeros.
+        test: (features [M, p], labels [M]) on which to measure NC4 and the test accuracy; None measures NC4
+            on the training data. Class means are always those of the training data.
+        global_mean: what μ_G averages over: "samples" (the paper's) or "classes".
+        precision: of the scatter's products: "highest", "high" or "medium"; see `ncfast.class_scatter`.
+        ignore_index: label of the rows to leave out.
+        nonfinite: "error" raises for a row with a NaN or an infinity, naming it; "skip" leaves it out.
+        progress: show a progress bar (needs tqdm).
+        num_classes: C; by default the rows of `weight`, else the largest label + 1.
+        certificates: False scores every sample; the numbers are the same.
+
+    Returns:
+        CollapseReport.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, devices, labels or options that do not agree, no samples.
+
+    Source: Papyan, Han & Donoho (PNAS 2020), Figs. 2–7; see `CollapseReport` for every number.
+    """
+    if global_mean not in GLOBAL_MEANS:
+        raise ValueError(f"global_mean must be one of {', '.join(GLOBAL_MEANS)}, got {global_mean!r}")
+    h, y = _labelled(features, labels, "features", "labels")
+    W = None if weight is None else _tensor(weight, "weight")
+    b = None if bias is None else _tensor(bias, "bias")
+    if num_classes is None:
+        num_classes = _largest_label(y, ignore_index) + 1 if W is None else len(W)
+    check_classifier(W, b, num_classes, h.shape[1], h.device)
+    check_label_range(y, num_classes, ignore_index)
+    stats = ClassStatistics(
+        num_classes,
+        h.shape[1],
+        precision=precision,
+        ignore_index=ignore_index,
+        nonfinite=nonfinite,
+        device=h.device,
+        shift=_sampled_shift(h, y, num_classes, ignore_index),
+    )
+    radii = torch.cat([stats.accumulate(h[rows], y[rows]) for rows in _chunks(h, progress, "statistics")])
+    report = collapse(stats, W, b, global_mean=global_mean)
+    if W is None:
+        return report
+    means = stats.means
+    gap = (stats.shift - means).norm(dim=1)
+    on_train = _Decisions(W, b, means, certificates, nearest_center=test is None)
+    train = _Tally()
+    for rows in _chunks(h, progress, "train decisions"):
+        train += on_train.count(h[rows], y[rows], radii[rows], gap)
+    if test is None:
+        return dataclasses.replace(report, nc4_data="train", train_accuracy=train.accuracy, **train.nc4())
+    on_test = _Decisions(W, b, means, certificates)
+    test_h, test_y = _labelled(*test, "test features", "test labels")
+    held_out = _Tally()
+    for rows in _chunks(test_h, progress, "test decisions"):
+        held_out += on_test.count_new(test_h[rows], test_y[rows], ignore_index, nonfinite)
+    return dataclasses.replace(
+        report,
+        nc4_data="test",
+        train_accuracy=train.accuracy,
+        test_accuracy=held_out.accuracy,
+        **held_out.nc4(),
+    )
+
+
+def measure_model(
+    model: torch.nn.Module,
+    train_loader: Iterable[Any],
+    test_loader: Iterable[Any] | None = None,
+    head: torch.nn.Module | None = None,
+    *,
+    device: torch.device | str | None = None,
+    global_mean: str = "samples",
+    precision: str = "high",
+    ignore_index: int = -100,
+    nonfinite: str = "error",
+    progress: bool = False,
+) -> CollapseReport:
+    """Measure a model as the paper does: frozen weights, eval mode, the features that enter its last linear
+    layer.
+
+    The features are captured by a forward pre-hook and streamed: no more than a batch is held. NC4 needs the
+    final class
+    means, so it takes a second read: of `test_loader`, or without one of `train_loader`. A `train_loader`
+    that can be read only once (an iterator) has its features kept for that instead. Training mode, grad mode
+    and hooks are left as found.
+
+    Args:
+        model: any module; its other outputs are ignored.
+        train_loader: any iterable of (inputs, labels). Inputs are a tensor, a tuple or list of positional
+            arguments, or a dict of keyword arguments of the model; labels are integers in [0, C) or
+            `ignore_index`. Features [..., p] are flattened to [N, p], and labels with them.
+        test_loader: the same, for NC4 and the test accuracy.
+        head: the classifier, a module with a `weight` [C, p] and optionally a `bias` [C] that is called once
+            per forward pass; by default the last torch.nn.Linear among `model.modules()`.
+        device: where to run; by default where the head's weight is.
+        global_mean: as in `measure`.
+        precision: as in `measure`.
+        ignore_index: as in `measure`.
+        nonfinite: as in `measure`.
+        progress: as in `measure`.
+
+    Returns:
+        CollapseReport.
+
+    Raises:
+        TypeError, ValueError: no linear layer, a batch that is no (inputs, labels) pair, labels that do not
+            fit, no samples. What the model itself raises passes through.
+
+    Source: Papyan, Han & Donoho (PNAS 2020), §3.
+    """
+    head = _last_linear(model) if head is None else head
+    W, b = getattr(head, "weight", None), getattr(head, "bias", None)
+    if not isinstance(W, torch.Tensor) or W.ndim != 2:
+        raise TypeError(f"head must be a module with a weight [C, p], got {type(head).__name__}")
+    place = W.device if device is None else torch.device(device)
+    W, b = W.detach().to(place), None if b is None else b.detach().to(place)
+    num_classes, dim = W.shape
+    check_classifier(W, b, num_classes, dim, place)
+    stats = ClassStatistics(
+        num_classes,
+        dim,
+        precision=precision,
+        ignore_index=ignore_index,
+        nonfinite=nonfinite,
+        device=place,
+    )
+    once = iter(train_loader) is train_loader
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+    correct = 0
+    with _frozen(model), _captured(model, head, place) as features_of:
+        for batch in _bar(train_loader, progress, "train"):
+            h, y = features_of(batch)
+            used = ~stats.accumulate(h, y).isnan()
+            decided = cast(torch.Tensor, affine_argmax(h[used], W, b))
+            correct += int((decided == y[used]).sum())
+            if once and test_loader is None:
+                held.append((h, y))
+        report = collapse(stats, W, b, global_mean=global_mean)
+        decisions = _Decisions(W, b, stats.means)
+        tally = _Tally()
+        if held:
+            second: Iterable[tuple[torch.Tensor, torch.Tensor]] = held
+        else:
+            loader = train_loader if test_loader is None else test_loader
+            second = map(features_of, _bar(loader, progress, "NC4"))
+        for h, y in second:
+            tally += decisions.count_new(h, y, ignore_index, nonfinite)
+    return dataclasses.replace(
+        report,
+        nc4_data="train" if test_loader is None else "test",
+        train_accuracy=correct / report.num_samples,
+        test_accuracy=None if test_loader is None else tally.accuracy,
+        **tally.nc4(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tally:
+    """How many samples were decided, and how."""
+
+    total: int = 0
+    certified: int = 0
+    correct: int = 0
+    disagreeing: int = 0
+
+    def __add__(self, other: "_Tally") -> "_Tally":
+        ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return _Tally(*(a + b for a, b in zip(ours, theirs, strict=True)))
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.correct / self.total if self.total else None
+
+    def nc4(self) -> dict[str, Any]:
+        """The report's fields; None without samples."""
+        share = {"nc4_disagreement": self.disagreeing, "certified_share": self.certified}
+        return {name: count / self.total if self.total else None for name, count in share.items()}
+
+
+class _Decisions:
+    """The classifier's decisions, and those of the nearest class centre, with certificates where they hold.
+
+    A sample of class a within the decision radius ρ_a of μ_a (`decision_radius`) is decided a by every rule:
+    no scores are needed. Its distance is bounded from what the one pass returned, ‖h − μ_a‖ ≤ ‖h − k_a‖ +
+    ‖k_a − μ_a‖, each rounded up, and ρ_a is rounded down, so that a certified sample is one that exact
+    arithmetic would decide the same way.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        means: torch.Tensor,
+        certificates: bool = True,
+        nearest_center: bool = True,
+    ) -> None:
+        self.present = (~means.isnan().any(1)).nonzero().squeeze(1)
+        anchors = means[self.present]
+        self.rules = [(weight, weight.new_zeros(len(weight)) if bias is None else bias)]
+        if nearest_center:
+            self.rules.append(center_rule(anchors))
+        self.means = means.nan_to_num()  # an absent class certifies nothing: its radius stays −∞
+        self.radius = means.new_full((len(means),), -torch.inf)
+        if certificates:
+            radii = decision_radius(*self.rules[0], anchors, self.present)
+            if nearest_center:
+                radii = torch.minimum(radii, decision_radius(*self.rules[1], anchors))
+            slack = (means.shape[1] + 4) * 2.0**-52 * (anchors.norm(dim=1) + radii.abs())
+            self.radius[self.present] = torch.where(radii.isinf(), radii, radii - slack)
+
+    def count(
+        self, features: torch.Tensor, labels: torch.Tensor, radii: torch.Tensor, gap: torch.Tensor
+    ) -> _Tally:
+        """Decide the rows whose `radii` [N], ‖h − k_y‖, are no NaN; `gap` [C] is ‖k_c − μ_c‖."""
+        p = features.shape[1]
+        used = ~radii.isnan()
+        y = torch.where(used, labels, 0)
+        # p float32 squares were added, of differences rounded once; squares below 2⁻¹⁴⁹ were lost.
+        reach = radii.double() * (1 + (p + 8) * 2.0**-24) + p**0.5 * 2.0**-62
+        certified = used & (reach + gap[y] * (1 + (p + 8) * 2.0**-52) < self.radius[y])
+        rows = (used & ~certified).nonzero().squeeze(1)
+        correct = disagreeing = 0
+        if len(rows):
+            scored = features if len(rows) == len(features) else features[rows]
+            weights, biases = zip(*self.rules, strict=True)
+            by_classifier, *by_center = affine_argmax(scored, weights, biases)
+            correct = int((by_classifier == labels[rows]).sum())
+            if by_center:
+                disagreeing = int((by_classifier != self.present[by_center[0]]).sum())
+        total = int(used.sum())
+        return _Tally(total, total - len(rows), total - len(rows) + correct, disagreeing)
+
+    def count_new(
+        self, features: torch.Tensor, labels: torch.Tensor, ignore_index: int, nonfinite: str
+    ) -> _Tally:
+        """Decide rows that the statistics have not seen: check them and get their distance to μ_y first."""
+        if nonfinite == "skip":
+            labels = torch.where(nonfinite_rows(features), ignore_index, labels)
+        check_label_range(labels, len(self.means), ignore_index)
+        shift = self.means.to(shift_dtype(features.dtype))
+        seen = class_scatter(features, labels, shift, scatter=False, radii=True, ignore_index=ignore_index)
+        if features.device.type != "cpu" and not seen.sumsq.isfinite().all():
+            raise_for_nonfinite(features, labels, ignore_index)
+        return self.count(features, labels, cast(torch.Tensor, seen.radii), (shift - self.means).norm(dim=1))
+
+
+def _sampled_shift(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, ignore_index: int
+) -> torch.Tensor:
+    """[C, p]: the mean of the first rows of every class, NaN where no finite one is among them."""
+    kept = (labels != ignore_index).nonzero().squeeze(1)
+    order = kept[labels[kept].argsort(stable=True)]
+    y = labels[order]
+    starts = torch.searchsorted(y, torch.arange(num_classes, device=y.device))
+    rank = torch.arange(len(y), device=y.device) - starts[y]
+    rows = order[rank < _SHIFT_ROWS]
+    sample = ClassStatistics(
+        num_classes, features.shape[1], scatter=False, nonfinite="skip", device=features.device
+    )
+    for chunk in rows.split(max(1, _CHUNK // features.shape[1])):
+        sample.update(features[chunk], labels[chunk])
+    return sample.means.to(shift_dtype(features.dtype))
+
+
+def _labelled(
+    features: Array, labels: Array, features_name: str, labels_name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    h, y = _tensor(features, features_name), _tensor(labels, labels_name)
+    check_features(h, features_name)
+    check_labels(y, h, labels_name)
+    return h, y.long()
+
+
+def _tensor(array: Array, name: str) -> torch.Tensor:
+    """A detached tensor that shares the array's memory, memory-mapped and read-only arrays included."""
+    if isinstance(array, torch.Tensor):
+        return array.detach()
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} must be a torch.Tensor or a numpy array, got {type(array).__name__}")
+    if not array.dtype.isnative:
+        raise TypeError(f"{name} must be in native byte order, got {array.dtype}")
+    with warnings.catch_warnings():
+        # torch warns that it could write to a read-only array; nothing here does.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
+
+
+def _largest_label(labels: torch.Tensor, ignore_index: int) -> int:
+    kept = labels[labels != ignore_index]
+    if len(kept) == 0:
+        raise ValueError("there are no labelled samples; pass num_classes or weight to measure an empty set")
+    return max(0, int(kept.max()))
+
+
+def _chunks(features: torch.Tensor, progress: bool, title: str) -> Iterable[slice]:
+    """Slices of rows that together cover the features; at least one."""
+    size = max(1, _CHUNK // features.shape[1])
+    starts = range(0, max(1, len(features)), size)
+    return _bar([slice(start, start + size) for start in starts], progress, title)
+
+
+def _bar(iterable: Iterable[T], progress: bool, title: str) -> Iterable[T]:
+    """The iterable itself, under a progress bar where one was asked for."""
+    if not progress:
+        return iterable
+    from tqdm.auto import tqdm  # optional dependency
+
+    return tqdm(iterable, desc=title)
+
+
+def _last_linear(model: torch.nn.Module) -> torch.nn.Linear:
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    if not linear:
+        raise ValueError("the model has no torch.nn.Linear; pass head=")
+    return linear[-1]
+
+
+@contextlib.contextmanager
+def _frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own training flag is put back."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _captured(
+    model: torch.nn.Module, head: torch.nn.Module, device: torch.device
+) -> Iterator[Callable[[Any], tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield a function from a batch to (features [N, p], labels [N]), the features entering `head`."""
+    entered: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach()))
+
+    def features_of(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(batch, Sequence) or len(batch) != 2:
+            raise TypeError(f"the loader must yield (inputs, labels) pairs, got {type(batch).__name__}")
+        inputs, labels = _moved(batch[0], device), torch.as_tensor(batch[1]).to(device)
+        entered.clear()
+        if isinstance(inputs, Mapping):
+            model(**inputs)
+        elif isinstance(inputs, Sequence):
+            model(*inputs)
+        else:
+            model(inputs)
+        if len(entered) != 1:
+            raise ValueError(
+                f"head must be called once per forward pass, but was called {len(entered)} times"
+            )
+        features = entered[0].reshape(-1, entered[0].shape[-1])
+        labels = labels.reshape(-1)
+        check_labels(labels, features)
+        return features, labels.long()
+
+    try:
+        yield features_of
+    finally:
+        hook.remove()
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    """Inputs with every tensor in them on `device`."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {name: _moved(value, device) for name, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return [_moved(value, device) for value in inputs]
+    return inputs

@@ -1,0 +1,391 @@
+"""ClassStatistics: what a stream of labelled features leaves behind, mergeable and exact in deep collapse."""
+
+from typing import Any, cast
+
+import torch
+
+from ncfast.ops.class_scatter import (
+    check_features,
+    check_label_range,
+    check_labels,
+    class_scatter,
+    nonfinite_rows,
+    shift_dtype,
+)
+
+_FORMAT = 1  # of state_dict(): raise it when the meaning of an entry changes
+
+
+class ClassStatistics:
+    """Counts, means and within-class scatter of C classes in p dimensions, from any number of batches.
+
+    The state is counts n_c, a shift k_c per class (the first feature seen of it, unless given) and three sums
+    about
+    that shift, all in float64: Σ(h − k_y) [C, p], Σ‖h − k_y‖² [C] and Σ(h − k_y)(h − k_y)ᵀ [p, p]. They add
+    up over batches; the shift keeps every term at the within-class scale, so that nothing cancels however far
+    training has collapsed. `merge` is the exact pairwise formula of Chan, Golub & LeVeque (1983), written
+    about the shift.
+
+    Averages are the paper's `Ave` operators (Papyan, Han & Donoho, PNAS 2020): Σ_W, Σ_T and μ_G average over
+    samples, Σ_B over classes, also when the classes are unbalanced. Classes without a sample are left out.
+
+    Args:
+        num_classes: C.
+        dim: p.
+        scatter: keep the p×p scatter; without it Σ_W, Σ_T and NC1 are not available, and a batch costs O(p)
+            per row.
+        precision: "highest", "high" or "medium", of the products in the scatter: see
+            `ncfast.ops.class_scatter`.
+        ignore_index: label of the rows to leave out.
+        nonfinite: "error" raises for a row with a NaN or an infinity; "skip" leaves it out and counts it.
+        device: where the state lives; the features must be there too.
+        shift: [C, p] floating point, to use instead of the first features; a row of NaN is still to be
+            chosen.
+
+    Raises:
+        ValueError: for a number below 1 or an unknown option.
+
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        *,
+        scatter: bool = True,
+        precision: str = "high",
+        ignore_index: int = -100,
+        nonfinite: str = "error",
+        device: torch.device | str | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> None:
+        if num_classes < 1 or dim < 1:
+            raise ValueError(f"num_classes and dim must be at least 1, got {num_classes} and {dim}")
+        if precision not in ("highest", "high", "medium"):
+            raise ValueError(f"precision must be highest, high or medium, got {precision!r}")
+        if nonfinite not in ("error", "skip"):
+            raise ValueError(f'nonfinite must be "error" or "skip", got {nonfinite!r}')
+        if shift is not None and (shift.shape != (num_classes, dim) or not shift.is_floating_point()):
+            raise ValueError(f"shift must be floating point of shape [{num_classes}, {dim}]")
+        self.num_classes, self.dim = num_classes, dim
+        self.precision, self.ignore_index, self.nonfinite = precision, ignore_index, nonfinite
+        zeros = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self.counts = torch.zeros_like(zeros, dtype=torch.int64)
+        """[C] int64: n_c."""
+        # A row of NaN is a shift not chosen yet. float32, until the first float64 batch needs float64.
+        self.shift = zeros.new_full((num_classes, dim), torch.nan, dtype=torch.float32)
+        """[C, p] float32 or float64: k_c, NaN until a sample of class c is seen."""
+        if shift is not None:
+            self.shift = shift.detach().to(zeros.device, shift_dtype(shift.dtype), copy=True)
+        self.sums = zeros.new_zeros(num_classes, dim)
+        """[C, p] float64: Σ(h − k_c)."""
+        self.sumsq = zeros
+        """[C] float64: Σ‖h − k_c‖²."""
+        self.scatter = zeros.new_zeros(dim, dim) if scatter else None
+        """[p, p] float64: Σ(h − k_y)(h − k_y)ᵀ; None without scatter."""
+        # Rows left out by nonfinite="skip"; and, on a GPU, rows to complain about at the next
+        # synchronisation.
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._refused = torch.zeros((), dtype=torch.int64, device=device)
+
+    # ---- accumulation ----
+
+    def update(self, features: torch.Tensor, labels: torch.Tensor) -> "ClassStatistics":
+        """Add a batch: features [N, p] and their integer labels [N]. Returns self.
+
+        A batch that raises leaves the state bit for bit as it was. On a GPU nothing is copied to the host:
+        rows with a label outside [0, C) or (nonfinite="error") a NaN or infinity are left out and reported by
+        the next property, `merge` or `state_dict`, which synchronises anyway.
+
+        Raises:
+            TypeError, ValueError: dtypes, shapes or devices that do not agree; on the CPU also a label
+                outside [0, C) that is not `ignore_index`, or a NaN or infinity in the features, naming the
+                row.
+
+        """
+        self._add(features, labels, radii=False)
+        return self
+
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Do what `update` does, and return ‖h_i − k_{y_i}‖ [N], NaN for a row that was left out."""
+        return cast(torch.Tensor, self._add(features, labels, radii=True))
+
+    def _add(self, features: torch.Tensor, labels: torch.Tensor, radii: bool) -> torch.Tensor | None:
+        features, labels = self._checked(features, labels)
+        if features.shape[0] == 0:
+            return features.new_empty(0, dtype=torch.float32) if radii else None
+        if features.dtype == torch.float64 and self.shift.dtype == torch.float32:
+            shift = self.shift.double()
+        else:
+            shift = self.shift
+        if shift.dtype == torch.float64:
+            features = (
+                features.double()
+            )  # rounding a float64 shift would move the origin of the earlier batches
+        labels, skipped, refused = self._screened(features, labels)
+        kept = labels != self.ignore_index
+        y = torch.where(kept, labels, 0)
+        overwritten = self._choose_shift(shift, features, y, kept)
+        try:
+            batch = class_scatter(
+                features,
+                labels,
+                shift,
+                scatter=self.scatter is not None,
+                radii=radii,
+                precision=self.precision,
+                ignore_index=self.ignore_index,
+            )
+        except BaseException:
+            if overwritten is not None:
+                shift[y] = overwritten
+            raise
+        self.shift = shift
+        self.counts += batch.counts
+        self.sums += batch.sums
+        self.sumsq += batch.sumsq
+        if self.scatter is not None:
+            self.scatter += cast(torch.Tensor, batch.scatter)
+        if skipped is not None:
+            self._skipped += skipped
+        if refused is not None:
+            self._refused += refused
+        return batch.radii
+
+    def merge(self, other: "ClassStatistics") -> "ClassStatistics":
+        """Add the samples that `other` has seen, exactly as if both had seen all; returns self.
+
+        With d_c the distance between the two shifts, other's sums are moved to this state's shift:
+        Σ(h − k)(h − k)ᵀ = Σ(h − k′)(h − k′)ᵀ + s dᵀ + d sᵀ + n d dᵀ per class. Associative to float64
+        rounding.
+
+        Raises:
+            ValueError: the two differ in num_classes, dim, device or in keeping the scatter.
+
+        """
+        ours = (self.num_classes, self.dim, self.scatter is not None, self.counts.device)
+        theirs = (other.num_classes, other.dim, other.scatter is not None, other.counts.device)
+        if ours != theirs:
+            raise ValueError(f"cannot merge (num_classes, dim, scatter, device) {theirs} into {ours}")
+        other._raise_refused()
+        shift = self.shift.to(torch.promote_types(self.shift.dtype, other.shift.dtype))
+        shift = torch.where(shift.isnan(), other.shift, shift)
+        seen = other.counts > 0
+        n = other.counts.double()
+        d = torch.where(seen[:, None], other.shift.double() - shift.double(), 0.0)
+        half = other.sums + 0.5 * n[:, None] * d  # s dᵀ + d sᵀ + n d dᵀ = half dᵀ + d halfᵀ
+        if self.scatter is not None:
+            moved = d.any(1)
+            cross = half[moved].T @ d[moved]
+            self.scatter += cast(torch.Tensor, other.scatter) + cross + cross.T
+        self.shift = shift
+        self.counts += other.counts
+        self.sums += other.sums + n[:, None] * d
+        self.sumsq += other.sumsq + 2.0 * (half * d).sum(1)
+        self._skipped += other._skipped
+        return self
+
+    def _checked(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        check_features(features)
+        check_labels(labels, features)
+        if features.shape[1] != self.dim:
+            raise ValueError(f"features must have shape [N, {self.dim}], got {list(features.shape)}")
+        if features.device != self.counts.device:
+            raise ValueError(f"features are on {features.device} but the state is on {self.counts.device}")
+        if not self._defers:
+            check_label_range(labels, self.num_classes, self.ignore_index)
+        return features.detach(), labels.long()
+
+    def _screened(
+        self, features: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Relabel the rows to leave out as ignored; count the skipped and the refused on the device."""
+        if self.nonfinite == "error" and not self._defers:
+            return labels, None, None  # class_scatter raises, at no further cost
+        kept = labels != self.ignore_index
+        outside = kept & ((labels < 0) | (labels >= self.num_classes))
+        nonfinite = kept & ~outside & nonfinite_rows(features)
+        labels = torch.where(outside | nonfinite, self.ignore_index, labels)
+        if self.nonfinite == "skip":
+            return labels, nonfinite.sum(), outside.sum()
+        return labels, None, (outside | nonfinite).sum()
+
+    def _choose_shift(
+        self, shift: torch.Tensor, features: torch.Tensor, y: torch.Tensor, kept: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Write the first feature of every class without a shift into `shift`; return what stood in
+        `shift[y]`.
+
+        `y` has a class in range for every row. Rows of one class write the same value: their order does not
+        matter.
+        """
+        N = features.shape[0]
+        rows = torch.where(kept, torch.arange(N, device=y.device), N)
+        first = torch.full((self.num_classes,), N, device=y.device).scatter_reduce_(0, y, rows, "amin")
+        chosen = (first < N) & shift[:, 0].isnan()
+        if not self._defers and not chosen.any():
+            return None
+        source = features[first[y].clamp_(max=N - 1)].to(shift.dtype)
+        overwritten = shift[y]
+        shift[y] = torch.where(chosen[y][:, None], source, overwritten)
+        return overwritten
+
+    @property
+    def _defers(self) -> bool:
+        """Whether complaints wait for the next synchronisation."""
+        return self.counts.device.type != "cpu"
+
+    def _raise_refused(self) -> None:
+        if int(self._refused):
+            raise ValueError(
+                f"{int(self._refused)} rows were left out: they had a label outside [0, {self.num_classes}) "
+                "or a NaN or infinity"
+            )
+
+    # ---- derived statistics ----
+
+    @property
+    def num_samples(self) -> int:
+        """N, the samples accumulated."""
+        self._raise_refused()
+        return int(self.counts.sum())
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows left out because of nonfinite="skip"."""
+        return int(self._skipped)
+
+    @property
+    def present(self) -> torch.Tensor:
+        """[C] bool: the classes with at least one sample."""
+        self._raise_refused()
+        return self.counts > 0
+
+    @property
+    def means(self) -> torch.Tensor:
+        """[C, p] float64: μ_c = k_c + Σ(h − k_c)/n_c, a row of NaN for a class without samples."""
+        self._raise_refused()
+        absent = (self.counts == 0)[:, None]
+        return (self.shift.double() + self.sums / self.counts[:, None]).masked_fill(absent, torch.nan)
+
+    @property
+    def global_mean(self) -> torch.Tensor:
+        """[p] float64: μ_G, the average over all samples; NaN without samples."""
+        present = self.present
+        if not present.any():
+            return self.means[0]
+        return weighted_mean(self.means[present], self.counts[present])
+
+    @property
+    def class_variances(self) -> torch.Tensor:
+        """[C] float64: Ave_i ‖h_i − μ_c‖² of each class, NaN for a class without samples."""
+        self._raise_refused()
+        centred = self.sumsq - self.sums.square().sum(1) / self.counts
+        return (centred / self.counts).clamp_(min=0.0)
+
+    @property
+    def within_covariance(self) -> torch.Tensor:
+        """[p, p] float64: Σ_W = Ave over samples of (h − μ_y)(h − μ_y)ᵀ."""
+        self._raise_refused()
+        return self._scatter_kept() / self.counts.sum() - self._shift_correction()
+
+    @property
+    def between_covariance(self) -> torch.Tensor:
+        """[p, p] float64: Σ_B = Ave over the classes present of (μ_c − μ_G)(μ_c − μ_G)ᵀ."""
+        centred = self.means[self.present] - self.global_mean
+        return centred.T @ centred / centred.shape[0]
+
+    @property
+    def total_covariance(self) -> torch.Tensor:
+        """[p, p] float64: Σ_T = Ave over samples of (h − μ_G)(h − μ_G)ᵀ."""
+        present = self.present
+        centred = self.means[present] - self.global_mean
+        share = self.counts[present].double() / self.counts.sum()
+        return self.within_covariance + (centred * share[:, None]).T @ centred
+
+    @property
+    def trace_within(self) -> torch.Tensor:
+        """[] float64: Tr Σ_W, from the sums of squares alone: it needs no scatter."""
+        present = self.present
+        share = self.counts[present].double() / self.counts.sum()
+        return (share * self.class_variances[present]).sum()
+
+    def within_quadratic(self, directions: torch.Tensor) -> torch.Tensor:
+        """[r] float64: v_kᵀ Σ_W v_k for the columns v_k of `directions` [p, r], without forming Σ_W."""
+        self._raise_refused()
+        about_shift = (directions * (self._scatter_kept() @ directions)).sum(0)
+        present = self.present
+        drift = self.sums[present] @ directions  # [C, r]
+        about_mean = about_shift - (drift.square() / self.counts[present][:, None]).sum(0)
+        return about_mean.clamp_(min=0.0) / self.counts.sum()
+
+    def _shift_correction(self) -> torch.Tensor:
+        """[p, p]: Σ_c (n_c/N) δ_c δ_cᵀ with δ_c = μ_c − k_c, what Σ_W about the shift has too much."""
+        present = self.present
+        sums = self.sums[present]
+        return (sums / self.counts[present][:, None]).T @ sums / self.counts.sum()
+
+    def _scatter_kept(self) -> torch.Tensor:
+        if self.scatter is None:
+            raise ValueError("this ClassStatistics was made with scatter=False")
+        return self.scatter
+
+    # ---- housekeeping ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything `load_state_dict` needs, safe for `torch.save` and `torch.load(weights_only=True)`."""
+        self._raise_refused()
+        state = {name: getattr(self, name).clone() for name in ("counts", "shift", "sums", "sumsq")}
+        state["scatter"] = None if self.scatter is None else self.scatter.clone()
+        return state | {"num_skipped": self.num_skipped, "format": _FORMAT}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace this state by a saved one of the same num_classes, dim and scatter; keeps the device.
+
+        Raises:
+            ValueError: the dictionary is of another format, lacks an entry or does not fit; this state is
+                then unchanged.
+
+        """
+        missing = {"counts", "shift", "sums", "sumsq", "scatter", "num_skipped", "format"} - set(state)
+        if missing:
+            raise ValueError(f"not a ClassStatistics state: it lacks {', '.join(sorted(missing))}")
+        if state["format"] != _FORMAT:
+            raise ValueError(f"unknown state format {state['format']!r}; this version reads {_FORMAT}")
+        loaded = {}
+        for name in ("counts", "shift", "sums", "sumsq", "scatter"):
+            ours, theirs = getattr(self, name), state[name]
+            if (ours is None) != (theirs is None):
+                raise ValueError("one of the two states keeps the scatter and the other does not")
+            if ours is None:
+                continue
+            if theirs.shape != ours.shape:
+                raise ValueError(f"{name} must have shape {list(ours.shape)}, got {list(theirs.shape)}")
+            if theirs.dtype != ours.dtype and name != "shift":
+                raise ValueError(f"{name} must be {ours.dtype}, got {theirs.dtype}")
+            loaded[name] = theirs.to(ours.device, copy=True)
+        for name, tensor in loaded.items():
+            setattr(self, name, tensor)
+        self._skipped.fill_(state["num_skipped"])
+        self._refused.zero_()
+
+    def to(self, device: torch.device | str) -> "ClassStatistics":
+        """Move the state to `device`, in place; returns self."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"ClassStatistics(num_classes={self.num_classes}, dim={self.dim}, "
+            f"num_samples={self.num_samples}, scatter={self.scatter is not None}, "
+            f"device='{self.counts.device}')"
+        )
+
+
+def weighted_mean(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """[p]: the average of rows [C, p], about the first one: equal rows give that row bit for bit."""
+    weights = torch.ones(len(rows), device=rows.device) if weights is None else weights
+    share = (weights.double() / weights.sum())[:, None]
+    return rows[0] + (share * (rows - rows[0])).sum(0)
