@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -337,6 +338,8 @@ def _tensor(array: Array, name: str) -> torch.Tensor:
         raise TypeError(f"{name} must be a torch.Tensor or a numpy array, got {type(array).__name__}")
     if not array.dtype.isnative:
         raise TypeError(f"{name} must be in native byte order, got {array.dtype}")
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()  # torch has no negative strides
     with warnings.catch_warnings():
         # torch warns that it could write to a read-only array; nothing here does.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
@@ -361,7 +364,9 @@ def _bar(iterable: Iterable[T], progress: bool, title: str) -> Iterable[T]:
     """The iterable itself, under a progress bar where one was asked for."""
     if not progress:
         return iterable
-    from tqdm.auto import tqdm  # optional dependency
+    if importlib.util.find_spec("tqdm") is None:
+        raise ImportError("progress=True needs tqdm (pip install tqdm)")
+    from tqdm.auto import tqdm
 
     return tqdm(iterable, desc=title)
 

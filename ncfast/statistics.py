@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 
 from ncfast.ops.class_scatter import (
+    PRECISIONS,
     check_features,
     check_label_range,
     check_labels,
@@ -61,8 +62,8 @@ class ClassStatistics:
     ) -> None:
         if num_classes < 1 or dim < 1:
             raise ValueError(f"num_classes and dim must be at least 1, got {num_classes} and {dim}")
-        if precision not in ("highest", "high", "medium"):
-            raise ValueError(f"precision must be highest, high or medium, got {precision!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if nonfinite not in ("error", "skip"):
             raise ValueError(f'nonfinite must be "error" or "skip", got {nonfinite!r}')
         if shift is not None and (shift.shape != (num_classes, dim) or not shift.is_floating_point()):
@@ -188,13 +189,14 @@ class ClassStatistics:
     def _checked(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         check_features(features)
         check_labels(labels, features)
+        labels = labels.long()
         if features.shape[1] != self.dim:
             raise ValueError(f"features must have shape [N, {self.dim}], got {list(features.shape)}")
         if features.device != self.counts.device:
             raise ValueError(f"features are on {features.device} but the state is on {self.counts.device}")
         if not self._defers:
             check_label_range(labels, self.num_classes, self.ignore_index)
-        return features.detach(), labels.long()
+        return features.detach(), labels
 
     def _screened(
         self, features: torch.Tensor, labels: torch.Tensor
@@ -359,6 +361,8 @@ class ClassStatistics:
                 raise ValueError("one of the two states keeps the scatter and the other does not")
             if ours is None:
                 continue
+            if not isinstance(theirs, torch.Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(theirs).__name__}")
             if theirs.shape != ours.shape:
                 raise ValueError(f"{name} must have shape {list(ours.shape)}, got {list(theirs.shape)}")
             if theirs.dtype != ours.dtype and name != "shift":

@@ -65,6 +65,8 @@ def class_scatter(
     """
     check_features(features)
     check_labels(labels, features)
+    if labels.dtype not in (torch.int64, torch.int32):
+        labels = labels.long()  # a uint8 cannot even be compared with −100
     if shift.ndim != 2 or shift.shape[1] != features.shape[1]:
         raise ValueError(f"shift must have shape [C, {features.shape[1]}], got {list(shift.shape)}")
     if not shift.is_floating_point():
