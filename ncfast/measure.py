@@ -355,7 +355,7 @@ def _largest_label(labels: torch.Tensor, ignore_index: int) -> int:
 
 def _chunks(features: torch.Tensor, progress: bool, title: str) -> Iterable[slice]:
     """Slices of rows that together cover the features; at least one."""
-    size = max(1, _CHUNK // features.shape[1])
+    size = max(1, (_CHUNK >> 4 if progress else _CHUNK) // features.shape[1])
     starts = range(0, max(1, len(features)), size)
     return _bar([slice(start, start + size) for start in starts], progress, title)
 
