@@ -19,6 +19,7 @@ from ncfast.ops.class_scatter import (
     class_scatter,
     nonfinite_rows,
     raise_for_nonfinite,
+    rows_from,
     shift_dtype,
 )
 from ncfast.ops.pair_geometry import decision_radius
@@ -86,6 +87,11 @@ def measure(
         num_classes = _largest_label(y, ignore_index) + 1 if W is None else len(W)
     check_classifier(W, b, num_classes, h.shape[1], h.device)
     check_label_range(y, num_classes, ignore_index)
+    if test is not None:
+        test_h, test_y = _labelled(*test, "test features", "test labels")
+        if test_h.shape[1] != h.shape[1] or test_h.device != h.device:
+            raise ValueError(f"test features must have shape [M, {h.shape[1]}] and be on {h.device}")
+        check_label_range(test_y, num_classes, ignore_index)
     stats = ClassStatistics(
         num_classes,
         h.shape[1],
@@ -95,7 +101,11 @@ def measure(
         device=h.device,
         shift=_sampled_shift(h, y, num_classes, ignore_index),
     )
-    radii = torch.cat([stats.accumulate(h[rows], y[rows]) for rows in _chunks(h, progress, "statistics")])
+    distances = []
+    for rows in _chunks(h, progress, "statistics"):
+        with rows_from(rows.start):
+            distances.append(stats.accumulate(h[rows], y[rows]))
+    radii = torch.cat(distances)
     report = collapse(stats, W, b, global_mean=global_mean)
     if W is None:
         return report
@@ -108,10 +118,10 @@ def measure(
     if test is None:
         return dataclasses.replace(report, nc4_data="train", train_accuracy=train.accuracy, **train.nc4())
     on_test = _Decisions(W, b, means, certificates)
-    test_h, test_y = _labelled(*test, "test features", "test labels")
     held_out = _Tally()
     for rows in _chunks(test_h, progress, "test decisions"):
-        held_out += on_test.count_new(test_h[rows], test_y[rows], ignore_index, nonfinite)
+        with rows_from(rows.start):
+            held_out += on_test.count_new(test_h[rows], test_y[rows], ignore_index, nonfinite)
     return dataclasses.replace(
         report,
         nc4_data="test",
@@ -134,14 +144,12 @@ def measure_model(
     nonfinite: str = "error",
     progress: bool = False,
 ) -> CollapseReport:
-    """Measure a model as the paper does: frozen weights, eval mode, the features that enter its last linear
-    layer.
+    """Measure a model as the paper does: frozen weights, eval mode, the features that enter its last layer.
 
     The features are captured by a forward pre-hook and streamed: no more than a batch is held. NC4 needs the
-    final class
-    means, so it takes a second read: of `test_loader`, or without one of `train_loader`. A `train_loader`
-    that can be read only once (an iterator) has its features kept for that instead. Training mode, grad mode
-    and hooks are left as found.
+    final class means, so it takes a second read: of `test_loader`, or without one of `train_loader`. A
+    `train_loader` that can be read only once (an iterator) has its features kept for that instead. Training
+    mode, grad mode and hooks are left as found.
 
     Args:
         model: any module; its other outputs are ignored.
@@ -183,13 +191,15 @@ def measure_model(
         nonfinite=nonfinite,
         device=place,
     )
-    once = iter(train_loader) is train_loader
+    once = isinstance(train_loader, Iterator)
     held: list[tuple[torch.Tensor, torch.Tensor]] = []
-    correct = 0
+    seen = correct = 0
     with _frozen(model), _captured(model, head, place) as features_of:
         for batch in _bar(train_loader, progress, "train"):
             h, y = features_of(batch)
-            used = ~stats.accumulate(h, y).isnan()
+            with rows_from(seen):
+                used = ~stats.accumulate(h, y).isnan()
+            seen += len(h)
             decided = cast(torch.Tensor, affine_argmax(h[used], W, b))
             correct += int((decided == y[used]).sum())
             if once and test_loader is None:
@@ -202,8 +212,11 @@ def measure_model(
         else:
             loader = train_loader if test_loader is None else test_loader
             second = map(features_of, _bar(loader, progress, "NC4"))
+        seen = 0
         for h, y in second:
-            tally += decisions.count_new(h, y, ignore_index, nonfinite)
+            with rows_from(seen):
+                tally += decisions.count_new(h, y, ignore_index, nonfinite)
+            seen += len(h)
     return dataclasses.replace(
         report,
         nc4_data="train" if test_loader is None else "test",

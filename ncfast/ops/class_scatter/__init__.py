@@ -1,5 +1,7 @@
 """class_scatter: counts, sums, sums of squares and the scatter matrix of every class, in one pass."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,23 @@ class ClassScatter(NamedTuple):
     """[p, p] float64, symmetric: Σ_i (h_i − k_{y_i})(h_i − k_{y_i})ᵀ over all samples."""
     radii: torch.Tensor | None
     """[N] float32 or float64: ‖h_i − k_{y_i}‖, NaN for an ignored row."""
+
+
+class RowError(ValueError):
+    """A complaint about one row, which knows where that row is."""
+
+    def __init__(self, template: str, row: int, **values: int) -> None:
+        super().__init__(template.format(row=row, **values))
+        self.template, self.row, self.values = template, row, values
+
+
+@contextlib.contextmanager
+def rows_from(start: int) -> Iterator[None]:
+    """Number the rows complained about inside the `with` block from `start`: for callers that chunk."""
+    try:
+        yield
+    except RowError as error:
+        raise RowError(error.template, start + error.row, **error.values) from None
 
 
 def class_scatter(
@@ -124,7 +143,9 @@ def check_label_range(labels: torch.Tensor, num_classes: int, ignore_index: int)
     outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if outside.any():
         row = int(outside.nonzero()[0])
-        raise ValueError(f"label {int(labels[row])} in row {row} is outside [0, {num_classes})")
+        raise RowError(
+            "label {label} in row {row} is outside [0, {C})", row, label=int(labels[row]), C=num_classes
+        )
 
 
 def nonfinite_rows(features: torch.Tensor) -> torch.Tensor:
@@ -136,5 +157,5 @@ def raise_for_nonfinite(features: torch.Tensor, labels: torch.Tensor, ignore_ind
     """Raise naming the first row in use with a NaN or infinity, or saying that squares overflowed."""
     bad = nonfinite_rows(features) & (labels != ignore_index)
     if bad.any():
-        raise ValueError(f"features hold a NaN or an infinity in row {int(bad.nonzero()[0])}")
+        raise RowError("features hold a NaN or an infinity in row {row}", int(bad.nonzero()[0]))
     raise ValueError("features are so large that their squares overflow; pass them as float64")
