@@ -1,0 +1,38 @@
+# make demo and make test do all their set-up on a fresh machine.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint format clean
+
+# PyTorch comes first and by itself: a machine without a GPU then keeps the build it is given here.
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install "$(TORCH)"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+	$(BIN)/pip install -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.dev
+	$(BIN)/ncfast demo --output demo-output
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ncfast/*.so demo-output
