@@ -130,7 +130,7 @@ def assert_reports_agree(report, other, relative, absolute=0.0, skip=()):
 
 
 def clustered(C, p, N, spread, *, offset=0.0, seed=0, dtype=torch.float32, norm=10.0):
-    """Features [N, p] of C classes in turn: means of norm `norm`, common offset of norm `offset`, Gaussian."""
+    """Features [N, p] of C classes in turn: means of norm `norm`, common offset of norm `offset`, noise."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(C, p, dtype=torch.float64, generator=generator)
     means *= norm / means.norm(dim=1, keepdim=True)

@@ -1,0 +1,416 @@
+"""ClassStatistics: streaming, merging, saving; exact in deep collapse; a failed update changes nothing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import ncfast
+
+import oracle
+from oracle import EPS
+
+STATE = ("counts", "shift", "sums", "sumsq", "scatter")
+
+
+def streamed(features, labels, C, batch=512, **options):
+    stats = ncfast.ClassStatistics(C, features.shape[1], **options)
+    for h, y in zip(features.split(batch), labels.split(batch), strict=True):
+        stats.update(h, y)
+    return stats
+
+
+def bits(stats):
+    """The whole state, comparable bit for bit (NaN rows of the shift included)."""
+    state = {name: getattr(stats, name) for name in STATE}
+    return {k: None if v is None else (v.dtype, v.numpy().tobytes()) for k, v in state.items()}
+
+
+def assert_same_statistics(one, other, bound=1e-12):
+    """The derived statistics agree to `bound` of the largest entry of each."""
+    assert torch.equal(one.counts, other.counts)
+    present = one.present
+    for name in ("means", "class_variances"):
+        ours, theirs = getattr(one, name)[present], getattr(other, name)[present]
+        oracle.assert_within(ours, theirs, bound * theirs.abs().max(), name)
+    for name in ("global_mean", "within_covariance", "between_covariance", "total_covariance"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        oracle.assert_within(ours, theirs, bound * theirs.abs().max(), name)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("C", [10, 100])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_deep_collapse(C, offset, spread, backend):
+    """NC1 and Tr Σ_W of a float32 stream, against a float64 two-pass truth of the same float32 inputs."""
+    features, labels = oracle.clustered(C, 512, 20_000, spread, offset=offset)
+    if backend is None:
+        stats = streamed(features, labels, C)
+    else:
+        with ncfast.use_backend(backend):
+            stats = streamed(features, labels, C)
+    means = torch.stack([features[labels == c].double().mean(0) for c in range(C)])
+    residuals = features.double() - means[labels]
+    residuals -= torch.stack([residuals[labels == c].mean(0) for c in range(C)])[labels]
+    m = means - means.mean(0)  # balanced classes: both global means are this one
+    _, s, v = torch.linalg.svd(m, full_matrices=False)
+    s, v = s[: C - 1], v[: C - 1]  # generic centred means span exactly C − 1 directions
+    nc1 = ((residuals @ v.T).square().sum(0) / s.square()).sum() / len(features)
+    oracle.assert_relative(ncfast.collapse(stats).nc1, nc1, oracle.STREAM_BOUND, "nc1")
+    trace = residuals.square().sum() / len(features)
+    oracle.assert_relative(stats.trace_within, trace, oracle.STREAM_BOUND, "trace")
+
+
+def test_derived_statistics_against_the_truth():
+    features, labels = oracle.clustered(5, 7, 103, 1.0, dtype=torch.float64)
+    labels = torch.where(labels == 3, 0, labels)  # unbalanced, and class 3 is absent
+    stats = streamed(features, labels, 6, batch=17)
+    truth = oracle.two_pass(features, labels, 6)
+    present = torch.tensor([True, True, True, False, True, False])
+    assert torch.equal(stats.present, present)
+    bound = 64 * EPS * features.abs().max()
+    oracle.assert_within(stats.means[present], truth["means"], bound)
+    assert stats.means[~present].isnan().all()
+    assert stats.class_variances[~present].isnan().all()
+    oracle.assert_within(stats.global_mean, features.mean(0), bound)
+    largest = truth["within_covariance"].abs().max()
+    oracle.assert_within(stats.within_covariance, truth["within_covariance"], 1e-13 * largest)
+    centred = features - features.mean(0)
+    total = centred.T @ centred / len(features)
+    oracle.assert_within(stats.total_covariance, total, 1e-13 * total.abs().max())
+    m = truth["means"] - features.mean(0)
+    between = m.T @ m / 4
+    oracle.assert_within(stats.between_covariance, between, 1e-13 * between.abs().max())
+    assert stats.num_samples == 103
+
+
+def test_absent_classes_are_no_mean_at_the_origin():
+    stats = ncfast.ClassStatistics(3, 2).update(torch.full((2, 2), 5.0), torch.tensor([0, 2]))
+    assert stats.means[1].isnan().all()
+    assert torch.equal(stats.means[0], torch.full((2,), 5.0, dtype=torch.float64))
+
+
+# One batch, batches of one row, a batch that divides N and one that does not.
+@pytest.mark.parametrize("batch", [1, 10, 33, 1000])
+def test_batch_size_does_not_matter(batch):
+    features, labels = oracle.clustered(4, 6, 200, 0.3, offset=50.0, dtype=torch.float64)
+    assert_same_statistics(streamed(features, labels, 4, batch), streamed(features, labels, 4, 200))
+
+
+def test_batch_order_does_not_matter():
+    features, labels = oracle.clustered(4, 6, 200, 0.3, offset=50.0, dtype=torch.float64)
+    order = torch.randperm(200)
+    assert_same_statistics(streamed(features, labels, 4, 20), streamed(features[order], labels[order], 4, 20))
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+def test_merge_is_having_seen_it_all(scatter):
+    features, labels = oracle.clustered(4, 6, 240, 0.3, offset=50.0, dtype=torch.float64)
+    labels[:80] %= 2  # the first part lacks two classes
+    labels[80:160] = 3  # the second holds one class only
+    parts = [streamed(features[i : i + 80], labels[i : i + 80], 4, scatter=scatter) for i in (0, 80, 160)]
+    whole = streamed(features, labels, 4, scatter=scatter)
+    a, b, c = (copy.deepcopy(part) for part in parts)
+    left = a.merge(b).merge(c)
+    a, b, c = (copy.deepcopy(part) for part in parts)
+    right = c.merge(b.merge(a))
+    for merged in (left, right):
+        if scatter:
+            assert_same_statistics(merged, whole)
+        assert torch.equal(merged.counts, whole.counts)
+        oracle.assert_within(merged.means, whole.means, 64 * EPS * 60)
+        oracle.assert_within(merged.trace_within, whole.trace_within, 1e-12 * whole.trace_within)
+
+
+def test_merge_with_an_empty_state():
+    features, labels = oracle.clustered(3, 4, 30, 1.0)
+    stats, empty = streamed(features, labels, 3), ncfast.ClassStatistics(3, 4)
+    before = bits(stats)
+    assert bits(stats.merge(empty)) == before
+    assert_same_statistics(empty.merge(stats), stats, 0.0)
+
+
+def test_merge_with_itself_counts_every_sample_twice():
+    stats = streamed(*oracle.clustered(3, 4, 30, 1.0), 3)
+    once = copy.deepcopy(stats)
+    stats.merge(stats)
+    assert stats.num_samples == 60
+    oracle.assert_within(stats.within_covariance, once.within_covariance, 1e-14)
+
+
+def test_merge_far_apart_shifts():
+    """A shift far from the mean costs digits of float64, and no more than rounding says."""
+    features, labels = oracle.clustered(2, 3, 100, 1.0, dtype=torch.float64)
+    far = ncfast.ClassStatistics(2, 3, shift=torch.full((2, 3), 1e6, dtype=torch.float64))
+    merged = far.update(features[:50], labels[:50]).merge(streamed(features[50:], labels[50:], 2))
+    whole = streamed(features, labels, 2)
+    # Each entry of the sums is 1e12 per sample, rounded to EPS, 100 of them.
+    oracle.assert_within(merged.within_covariance, whole.within_covariance, 100 * EPS * 1e12)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [ncfast.ClassStatistics(4, 4), ncfast.ClassStatistics(3, 5), ncfast.ClassStatistics(3, 4, scatter=False)],
+)
+def test_merge_refuses_what_does_not_fit(other):
+    stats = streamed(*oracle.clustered(3, 4, 30, 1.0), 3)
+    before = bits(stats)
+    with pytest.raises(ValueError, match="cannot merge"):
+        stats.merge(other)
+    assert bits(stats) == before
+
+
+def bad_batches():
+    good = torch.randn(5, 4)
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    nan, inf = good.clone(), good.clone()
+    nan[3, 2], inf[0, 0] = torch.nan, -torch.inf
+    yield "NaN", nan, labels, ValueError, "row 3"
+    yield "infinity", inf, labels, ValueError, "row 0"
+    yield "label too large", good, torch.tensor([0, 1, 3, 1, 0]), ValueError, "label 3 in row 2"
+    yield "negative label", good, torch.tensor([0, -1, 2, 1, 0]), ValueError, "label -1 in row 1"
+    yield "float labels", good, labels.float(), TypeError, "labels must be integers"
+    yield "boolean labels", good, labels > 0, TypeError, "labels must be integers"
+    yield "integer features", good.long(), labels, TypeError, "features must be float"
+    yield "wrong width", good[:, :3], labels, ValueError, r"\[N, 4\]"
+    yield "one dimension", good[0], labels, ValueError, r"\[N, p\]"
+    yield "three dimensions", good[None], labels, ValueError, r"\[N, p\]"
+    yield "no columns", good[:, :0], labels, ValueError, "p ≥ 1"
+    yield "too few labels", good, labels[:4], ValueError, r"labels must have shape \[5\]"
+    yield "one-hot labels", good, torch.eye(3)[labels].long(), ValueError, r"labels must have shape \[5\]"
+    yield "another device", good.to("meta"), labels.to("meta"), ValueError, "meta"
+    yield "labels elsewhere", good, labels.to("meta"), ValueError, "meta"
+    yield "a list", good.tolist(), labels, TypeError, "torch.Tensor"
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "error", "words"),
+    [c[1:] for c in bad_batches()],
+    ids=[c[0] for c in bad_batches()],
+)
+@pytest.mark.parametrize("fresh", [True, False], ids=["first batch", "later batch"])
+def test_a_failed_update_leaves_the_state_bit_for_bit(features, labels, error, words, fresh):
+    stats = ncfast.ClassStatistics(3, 4)
+    if not fresh:
+        stats.update(torch.randn(4, 4), torch.tensor([0, 1, 0, 1]))  # class 2 still has to choose its shift
+    before = bits(stats)
+    with pytest.raises(error, match=words):
+        stats.update(features, labels)
+    assert bits(stats) == before
+    stats.update(torch.randn(3, 4), torch.tensor([0, 1, 2]))  # and it still works
+    assert stats.num_samples == (3 if fresh else 7)
+
+
+def test_overflowing_squares_are_an_error_and_float64_the_remedy():
+    features = torch.tensor([[1e30, 0.0], [-1e30, 0.0], [1.0, 1.0]])
+    labels = torch.tensor([0, 0, 1])
+    with ncfast.use_backend("reference"):
+        stats = ncfast.ClassStatistics(2, 2).update(features, labels)
+    expected = float(features[0, 0]) ** 2
+    oracle.assert_relative(stats.class_variances[0], expected, 4 * EPS)
+    # A backend that squares in float32 must say so; float64 features then give the answer.
+    try:
+        stats = ncfast.ClassStatistics(2, 2).update(features, labels)
+    except ValueError as error:
+        assert "overflow" in str(error)  # noqa: PT017 (either outcome is right, a wrong number is not)
+        stats = ncfast.ClassStatistics(2, 2).update(features.double(), labels)
+    oracle.assert_relative(stats.class_variances[0], expected, 1e-6)
+
+
+def test_skip_leaves_out_what_is_not_finite():
+    features, labels = oracle.clustered(3, 4, 30, 1.0)
+    bad = torch.randn(5, 4)
+    bad[:, 1] = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.nan, torch.nan])
+    mixed, mixed_labels = torch.cat([bad[:2], features, bad[2:]]), torch.cat([labels[:2], labels, labels[:3]])
+    mixed_labels[-1] = -100  # ignored and NaN: not counted twice
+    skipping = ncfast.ClassStatistics(3, 4, nonfinite="skip").update(mixed, mixed_labels)
+    assert_same_statistics(skipping, streamed(features, labels, 3), 0.0)
+    assert skipping.num_skipped == 4
+    assert ncfast.collapse(skipping).num_skipped == 4
+
+
+def test_ignored_rows_are_never_read():
+    features, labels = oracle.clustered(3, 4, 30, 1.0)
+    holes = torch.full((10, 4), torch.nan)
+    mixed, mixed_labels = torch.cat([holes, features]), torch.cat([torch.full((10,), -100), labels])
+    assert_same_statistics(streamed(mixed, mixed_labels, 3), streamed(features, labels, 3), 0.0)
+    own = torch.where(mixed_labels == -100, 7, mixed_labels)
+    assert_same_statistics(streamed(mixed, own, 3, ignore_index=7), streamed(features, labels, 3), 0.0)
+
+
+def test_an_empty_batch_does_nothing():
+    stats = streamed(*oracle.clustered(3, 4, 30, 1.0), 3)
+    before = bits(stats)
+    stats.update(torch.empty(0, 4), torch.empty(0, dtype=torch.long))
+    assert bits(stats) == before
+    assert len(stats.accumulate(torch.empty(0, 4), torch.empty(0, dtype=torch.long))) == 0
+
+
+def test_collapse_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="no samples"):
+        ncfast.collapse(ncfast.ClassStatistics(3, 4))
+
+
+def test_mixed_dtypes_in_one_stream():
+    """float32, then float64 whose first features float32 cannot hold, then bfloat16: all exact."""
+    features, labels = oracle.clustered(4, 6, 90, 1e-6, offset=100.0, dtype=torch.float64)
+    narrow = features[60:].to(torch.bfloat16)
+    stats = ncfast.ClassStatistics(4, 6)
+    stats.update(features[:30].float(), labels[:30] % 2).update(features[30:60], labels[30:60])
+    stats.update(narrow, labels[60:])
+    seen = torch.cat([features[:30].float().double(), features[30:60], narrow.double()])
+    seen_labels = torch.cat([labels[:30] % 2, labels[30:]])
+    truth = oracle.two_pass(seen, seen_labels, 4)
+    oracle.assert_relative(stats.trace_within, truth["trace_within"], 1e-12)
+    oracle.assert_within(stats.means, truth["means"], 16 * EPS * 110)
+
+
+def test_a_given_shift_is_kept():
+    features, labels = oracle.clustered(3, 4, 60, 1.0, dtype=torch.float64)
+    shift = torch.randn(3, 4, dtype=torch.float64)
+    stats = ncfast.ClassStatistics(3, 4, shift=shift).update(features, labels)
+    assert torch.equal(stats.shift, shift)
+    assert stats.shift is not shift
+    assert_same_statistics(stats, streamed(features, labels, 3))
+
+
+def test_accumulate_returns_the_distance_to_the_shift():
+    features, labels = oracle.clustered(3, 4, 30, 1.0)
+    labels[4] = -100
+    stats = ncfast.ClassStatistics(3, 4)
+    radii = stats.accumulate(features, labels)
+    assert radii[4].isnan()
+    kept = labels != -100
+    expected = (features.double() - stats.shift.double()[labels.clamp(min=0)]).norm(dim=1)[kept]
+    # What measure() relies on: p squares of once rounded differences in float32.
+    assert ((radii[kept].double() - expected).abs() <= (4 + 8) * 2.0**-24 * expected).all()
+
+
+# ---- housekeeping ----
+
+
+@pytest.mark.parametrize("scatter", [True, False])
+def test_state_dict_round_trip(tmp_path, scatter):
+    stats = streamed(*oracle.clustered(3, 4, 31, 1.0), 3, batch=7, scatter=scatter, nonfinite="skip")
+    torch.save(stats.state_dict(), tmp_path / "state.pt")
+    loaded = ncfast.ClassStatistics(3, 4, scatter=scatter)
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert bits(loaded) == bits(stats)
+    assert loaded.num_skipped == stats.num_skipped
+
+
+def test_a_saved_state_does_not_change_afterwards():
+    features, labels = oracle.clustered(3, 4, 30, 1.0)
+    stats = streamed(features, labels, 3)
+    saved, before = stats.state_dict(), bits(stats)
+    stats.update(features, labels)
+    restored = ncfast.ClassStatistics(3, 4)
+    restored.load_state_dict(saved)
+    restored.update(features, labels)
+    stats.load_state_dict(saved)
+    assert bits(stats) == before  # nor did the restored copy write through
+
+
+def test_resuming_gives_the_same_bits():
+    features, labels = oracle.clustered(3, 4, 100, 1.0, offset=10.0)
+    whole = streamed(features, labels, 3, batch=10)
+    first = streamed(features[:50], labels[:50], 3, batch=10)
+    resumed = ncfast.ClassStatistics(3, 4)
+    resumed.load_state_dict(first.state_dict())
+    for h, y in zip(features[50:].split(10), labels[50:].split(10), strict=True):
+        resumed.update(h, y)
+    assert bits(resumed) == bits(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("sums"), "lacks sums"),
+        (lambda s: s.update(format=99), "format 99"),
+        (lambda s: s.update(counts=torch.zeros(4, dtype=torch.long)), "counts must have shape"),
+        (lambda s: s.update(sumsq=s["sumsq"].float()), "sumsq must be torch.float64"),
+        (lambda s: s.update(scatter=None), "scatter"),
+        (lambda s: s.update(sums=[1, 2]), "sums must be a tensor"),
+    ],
+)
+def test_a_foreign_state_is_refused(change, words):
+    stats = streamed(*oracle.clustered(3, 4, 30, 1.0), 3)
+    state, before = stats.state_dict(), bits(stats)
+    change(state)
+    with pytest.raises(ValueError, match=words):
+        stats.load_state_dict(state)
+    assert bits(stats) == before
+
+
+def test_pickle_and_deepcopy():
+    stats = streamed(*oracle.clustered(3, 4, 30, 1.0), 3)
+    for copied in (pickle.loads(pickle.dumps(stats)), copy.deepcopy(stats)):
+        assert bits(copied) == bits(stats)
+        before = bits(stats)
+        copied.update(torch.randn(2, 4), torch.tensor([0, 1]))
+        assert bits(stats) == before
+        assert bits(copied) != before
+
+
+def test_to_moves_everything():
+    stats = streamed(*oracle.clustered(3, 4, 30, 1.0), 3)
+    assert stats.to("cpu") is stats
+    moved = copy.deepcopy(stats).to("meta")
+    assert {v.device.type for v in vars(moved).values() if isinstance(v, torch.Tensor)} == {"meta"}
+
+
+def test_repr_says_what_it_holds():
+    assert repr(streamed(*oracle.clustered(3, 4, 30, 1.0), 3)) == (
+        "ClassStatistics(num_classes=3, dim=4, num_samples=30, scatter=True, device='cpu')"
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 0},
+        {"dim": 0},
+        {"precision": "exact"},
+        {"nonfinite": "ignore"},
+        {"shift": torch.zeros(3, 3)},
+        {"shift": torch.zeros(3, 4, dtype=torch.long)},
+    ],
+)
+def test_constructor_refuses(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ncfast.ClassStatistics(**{"num_classes": 3, "dim": 4} | options)
+
+
+# ---- complaints that wait, as on a GPU ----
+
+
+class Deferred(ncfast.ClassStatistics):
+    """Treats the CPU as a device with which one does not synchronise."""
+
+    _defers = True
+
+
+def test_deferred_complaints_leave_the_rows_out_and_raise_at_the_next_look():
+    features, labels = oracle.clustered(3, 4, 30, 1.0)
+    mixed, mixed_labels = (
+        torch.cat([torch.randn(3, 4), features]),
+        torch.cat([torch.tensor([0, 7, -1]), labels]),
+    )
+    mixed[0, 0] = torch.nan
+    stats = Deferred(3, 4).update(mixed, mixed_labels)
+    for look in ("means", "present", "within_covariance", "num_samples"):
+        with pytest.raises(ValueError, match="3 rows were left out"):
+            getattr(stats, look)
+    with pytest.raises(ValueError, match="3 rows were left out"):
+        stats.state_dict()
+    assert torch.equal(stats.counts, streamed(features, labels, 3).counts)
+
+
+def test_deferring_does_not_change_the_numbers():
+    features, labels = oracle.clustered(3, 4, 30, 1.0)
+    stats = Deferred(3, 4)
+    for h, y in zip(features.split(7), labels.split(7), strict=True):
+        stats.update(h, y)
+    assert bits(stats) == bits(streamed(features, labels, 3, batch=7))
