@@ -1,0 +1,364 @@
+"""measure() and measure_model(): the one-call entry points."""
+
+import numpy as np
+import pytest
+import torch
+
+import ncfast
+
+import oracle
+
+# ---- measure ----
+
+
+@pytest.fixture
+def case():
+    features, labels = oracle.clustered(4, 6, 120, 3.0)
+    return features, labels, torch.randn(4, 6), torch.randn(4)
+
+
+def test_numpy_and_memory_maps_without_a_copy_or_a_warning(case, tmp_path):
+    report = ncfast.measure(*case)
+    arrays = [tensor.numpy() for tensor in case]
+    assert ncfast.measure(*arrays) == report
+    for name, array in zip("hywb", arrays, strict=True):
+        np.save(tmp_path / f"{name}.npy", array)
+    mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "hywb"]
+    assert not mapped[0].flags.writeable
+    assert ncfast.measure(*mapped) == report
+    assert ncfast.measure(arrays[0][::-1], arrays[1][::-1], *arrays[2:]).num_samples == 120
+
+
+def test_test_data_decide_nc4_against_the_training_means(case):
+    features, labels, weight, bias = case
+    held_out, held_out_labels = oracle.clustered(4, 6, 77, 3.0, seed=1)
+    report = ncfast.measure(features, labels, weight, bias, test=(held_out, held_out_labels))
+    means = torch.stack([features[labels == c].double().mean(0) for c in range(4)])
+    on_test = oracle.decisions(held_out, held_out_labels, means, range(4), weight, bias)
+    on_train = oracle.decisions(features, labels, means, range(4), weight, bias)
+    assert report.nc4_data == "test"
+    assert report.nc4_disagreement == pytest.approx(float(on_test["nc4_disagreement"]), abs=1e-15)
+    assert report.test_accuracy == pytest.approx(float(on_test["accuracy"]), abs=1e-15)
+    assert report.train_accuracy == pytest.approx(float(on_train["accuracy"]), abs=1e-15)
+
+
+def random_cases():
+    """Spread from collapsed to hopeless, offsets, absent classes, biased rules, C above and below p."""
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.rand(5, generator=generator).tolist()
+        C, p = int(2 + 9 * draw[0]), int(1 + 12 * draw[1])
+        spread, offset = 10 ** (4 * draw[2] - 3), [0.0, 0.0, 30.0][seed % 3]
+        yield seed, C, p, spread, offset
+
+
+@pytest.mark.parametrize("on_test", [False, True])
+def test_certificates_change_nothing(on_test):
+    """Thousands of decisions: with and without certificates the same numbers."""
+    shares = []
+    for seed, C, p, spread, offset in random_cases():
+        features, labels = oracle.clustered(C, p, 150, spread, offset=offset, seed=seed)
+        means = torch.stack([features[labels == c].mean(0) for c in range(C)])
+        # Rules from exact nearest centre to noise, some with a class that the training data lack.
+        noise = 10.0 ** -(seed % 4) * torch.randn(C + 1, p)
+        weight = torch.cat([means, torch.zeros(1, p)]) + noise
+        bias = -0.5 * weight.square().sum(1)
+        test = None
+        if on_test:
+            test = oracle.clustered(C, p, 150, spread, offset=offset, seed=seed)
+            test[1][::7] = C  # a class without training samples
+        reports = [
+            ncfast.measure(features, labels, weight, bias, test=test, certificates=flag)
+            for flag in (True, False)
+        ]
+        oracle.assert_reports_agree(*reports, 0.0, skip={"certified_share"})
+        assert reports[1].certified_share == 0.0
+        shares.append(reports[0].certified_share)
+    assert min(shares) == 0.0
+    assert max(shares) >= 0.8  # the comparison had certified samples to compare
+
+
+def test_collapsed_samples_are_all_certified():
+    features, labels = oracle.clustered(5, 16, 200, 1e-3, offset=100.0)
+    means = torch.stack([features[labels == c].double().mean(0) for c in range(5)])
+    report = ncfast.measure(features, labels, means, -0.5 * means.square().sum(1))
+    assert report.certified_share == 1.0
+    assert report.nc4_disagreement == 0.0
+
+
+def test_certified_samples_are_not_scored():
+    features, labels = oracle.clustered(5, 16, 200, 1e-3)
+    means = torch.stack([features[labels == c].mean(0) for c in range(5)])
+    with ncfast.ops.dispatch.record() as ran:
+        ncfast.measure(features, labels, means, -0.5 * means.square().sum(1))
+    assert "affine_argmax" not in {operation for operation, _ in ran}
+    with ncfast.ops.dispatch.record() as ran:
+        ncfast.measure(features, labels, means, -0.5 * means.square().sum(1), certificates=False)
+    assert "affine_argmax" in {operation for operation, _ in ran}
+
+
+def test_chunks_do_not_show(case, monkeypatch):
+    import sys
+
+    whole = ncfast.measure(*case)
+    monkeypatch.setattr(sys.modules["ncfast.measure"], "_CHUNK", 6 * 17)  # 17 rows at a time
+    oracle.assert_reports_agree(ncfast.measure(*case), whole, 1e-12)
+    features = case[0].clone()
+    features[101, 3] = torch.inf
+    with pytest.raises(ValueError, match="row 101"):  # of the input, not of its chunk
+        ncfast.measure(features, *case[1:])
+    with pytest.raises(ValueError, match="row 101"):
+        ncfast.measure(*case, test=(features, case[1]))
+
+
+def test_skipping_and_ignoring_leave_rows_out_of_everything(case):
+    features, labels, weight, bias = case
+    holes = torch.randn(9, 6)
+    holes[:5, 0] = torch.nan
+    more = torch.cat([holes, features])
+    more_labels = torch.cat([torch.tensor([0, 1, 2, 3, 0, -100, -100, -100, -100]), labels])
+    skipping = ncfast.measure(more, more_labels, weight, bias, nonfinite="skip", test=(more, more_labels))
+    plain = ncfast.measure(*case, test=(features, labels))
+    assert skipping.num_skipped == 5
+    oracle.assert_reports_agree(skipping, plain, 1e-12, skip={"num_skipped"})
+
+
+def test_one_class():
+    report = ncfast.measure(torch.randn(10, 3), torch.zeros(10, dtype=torch.long), torch.randn(1, 3))
+    numbers = {name for name, value in report.as_dict().items() if isinstance(value, float)}
+    decided = {"nc4_disagreement", "certified_share", "train_accuracy"}
+    assert numbers == {"trace_within", "trace_between"} | decided
+    assert report.trace_between == 0.0
+
+
+def test_identical_features_measure_nothing_between_classes():
+    features = torch.full((10, 3), 0.1)  # 0.1 is rounded: means that coincide must not become noise
+    report = ncfast.measure(features, torch.arange(10) % 3)
+    assert report.trace_within == 0.0
+    assert report.trace_between == 0.0
+    for name in ("nc1", "trace_ratio", "cdnv", "gnc2", "nc2_equinorm_means", "etf_error_means"):
+        assert getattr(report, name) is None, name
+
+
+def test_classes_of_one_sample():
+    report = ncfast.measure(torch.randn(4, 3), torch.arange(4))
+    assert report.trace_within == 0.0
+    assert report.nc1 == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"labels": torch.arange(119)}, ValueError, "labels must have shape"),
+        ({"labels": torch.arange(120)}, ValueError, "label 4 in row 4 is outside"),
+        ({"features": [[1.0]]}, TypeError, "features must be a torch.Tensor or a numpy array"),
+        ({"features": np.zeros((120, 6), dtype=">f4")}, TypeError, "byte order"),
+        ({"features": np.zeros((120, 6), dtype=int)}, TypeError, "features must be float32"),
+        ({"weight": torch.zeros(4, 5)}, ValueError, "weight must have shape"),
+        ({"weight": torch.full((4, 6), torch.nan)}, ValueError, "weight holds a NaN"),
+        ({"weight": torch.zeros(4, 6, dtype=torch.long)}, TypeError, "weight must be a floating-point"),
+        ({"bias": torch.zeros(5)}, ValueError, "bias must have shape"),
+        ({"weight": None}, ValueError, "bias was given without weight"),
+        ({"global_mean": "median"}, ValueError, "global_mean"),
+        ({"precision": "exact"}, ValueError, "precision"),
+        ({"nonfinite": "drop"}, ValueError, "nonfinite"),
+        ({"test": (torch.zeros(3, 5), torch.zeros(3, dtype=torch.long))}, ValueError, "test features"),
+        ({"test": (torch.zeros(3, 6), torch.zeros(2, dtype=torch.long))}, ValueError, "test labels"),
+        ({"test": (torch.zeros(3, 6), torch.tensor([0, 9, 0]))}, ValueError, "label 9 in row 1"),
+    ],
+)
+def test_errors(case, change, error, words):
+    arguments = dict(zip(("features", "labels", "weight", "bias"), case, strict=True)) | change
+    with pytest.raises(error, match=words):
+        ncfast.measure(**arguments)
+
+
+def test_no_samples():
+    empty, none = torch.empty(0, 3), torch.empty(0, dtype=torch.long)
+    with pytest.raises(ValueError, match="no labelled samples"):
+        ncfast.measure(empty, none)
+    with pytest.raises(ValueError, match="no samples"):
+        ncfast.measure(empty, none, torch.randn(2, 3))
+    with pytest.raises(ValueError, match="no labelled samples"):
+        ncfast.measure(torch.randn(3, 3), torch.full((3,), -100))
+
+
+def test_empty_test_data_leave_nc4_unmeasured(case):
+    report = ncfast.measure(*case, test=(torch.empty(0, 6), torch.empty(0, dtype=torch.long)))
+    assert report.nc4_disagreement is None
+    assert report.test_accuracy is None
+
+
+def test_progress_is_shown_on_request_only(case, capsys):
+    ncfast.measure(*case)
+    assert capsys.readouterr() == ("", "")
+    ncfast.measure(*case, progress=True)
+    assert "statistics" in capsys.readouterr().err
+
+
+# ---- measure_model ----
+
+
+class Net(torch.nn.Module):
+    """Two linear layers after a normalisation and a dropout, both of which behave differently in training."""
+
+    def __init__(self, C=4):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Dropout(0.5)
+        )
+        self.head = torch.nn.Linear(8, C)
+
+    def forward(self, x, scale=1.0):
+        return self.head(self.body(x * scale))
+
+
+@pytest.fixture
+def model():
+    return Net()
+
+
+@pytest.fixture
+def loader():
+    features, labels = oracle.clustered(4, 6, 100, 1.0)
+    dataset = torch.utils.data.TensorDataset(features, labels)
+    return torch.utils.data.DataLoader(dataset, batch_size=16)
+
+
+def captured(model, loader):
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model.body(x) for x, _ in loader]), torch.cat([y for _, y in loader])
+
+
+def test_measure_model_measures_what_enters_the_head(model, loader):
+    report = ncfast.measure_model(model, loader)
+    features, labels = captured(model, loader)
+    direct = ncfast.measure(features, labels, model.head.weight, model.head.bias)
+    oracle.assert_reports_agree(report, direct, 1e-6, skip={"certified_share"})
+    assert report.nc4_data == "train"
+    assert report.test_accuracy is None
+
+
+def test_measure_model_with_test_data(model, loader):
+    test = [(torch.randn(10, 6), torch.arange(10) % 4)]
+    report = ncfast.measure_model(model, loader, test)
+    train, held_out = captured(model, loader), captured(model, test)
+    direct = ncfast.measure(*train, model.head.weight, model.head.bias, test=held_out)
+    oracle.assert_reports_agree(report, direct, 1e-6, skip={"certified_share"})
+
+
+def test_an_iterator_is_read_once(model, loader):
+    reads = []
+
+    def once():
+        for batch in loader:
+            reads.append(len(batch[1]))
+            yield batch
+
+    assert ncfast.measure_model(model, once()) == ncfast.measure_model(model, loader)
+    assert sum(reads) == 100
+
+
+def test_everything_is_left_as_found(model, loader):
+    model.train()
+    model.body[1].eval()  # a frozen layer in a training model
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = [parameter.requires_grad for parameter in model.parameters()]
+    ncfast.measure_model(model, loader)
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == grads
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.head._forward_pre_hooks
+    assert torch.is_grad_enabled()
+
+
+def test_everything_is_left_as_found_when_it_fails(model):
+    model.train()
+    with pytest.raises(ValueError, match="row 2"):
+        ncfast.measure_model(model, [(torch.randn(3, 6), torch.tensor([0, 1, 9]))])
+    assert all(module.training for module in model.modules())
+    assert not model.head._forward_pre_hooks
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        lambda x: [x, 2.0],  # positional
+        lambda x: (x, torch.tensor(2.0)),
+        lambda x: {"x": x, "scale": 2.0},  # by keyword
+    ],
+)
+def test_inputs_of_several_arguments(model, loader, inputs):
+    batches = [(inputs(x), y) for x, y in loader]
+    doubled = [(2 * x, y) for x, y in loader]
+    assert ncfast.measure_model(model, batches) == ncfast.measure_model(model, doubled)
+
+
+def test_head_chooses_another_layer(model, loader):
+    first = model.body[0]
+    report = ncfast.measure_model(model, [(x, y % 8) for x, y in loader], head=first)
+    assert report.dim == 6
+    assert report.num_absent == 4  # an 8-class "head", 4 classes in the data
+
+
+def test_sequences_are_flattened():
+    class Tagger(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(5, 3, bias=False)
+
+        def forward(self, x):
+            return self.head(x)
+
+    tokens, labels = torch.randn(4, 7, 5), torch.randint(0, 3, (4, 7))
+    labels[:, -2:] = -100  # padding
+    model = Tagger()
+    report = ncfast.measure_model(model, [(tokens, labels)])
+    flat = ncfast.measure(tokens.reshape(-1, 5), labels.reshape(-1), model.head.weight)
+    assert report.num_samples == 20
+    oracle.assert_reports_agree(report, flat, 1e-6, skip={"certified_share"})
+
+
+def test_half_precision_models(loader):
+    model = Net().to(torch.bfloat16)
+    report = ncfast.measure_model(model, [(x.to(torch.bfloat16), y) for x, y in loader])
+    assert report.num_samples == 100
+    assert report.nc1 > 0
+
+
+def test_the_loader_s_rows_are_counted_over_batches(model, loader):
+    batches = [(x.clone(), y) for x, y in loader]
+    batches[3][0][5] = torch.nan
+    with pytest.raises(ValueError, match="row 53"):
+        ncfast.measure_model(model, batches)
+    assert ncfast.measure_model(model, batches, nonfinite="skip").num_skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "error", "words"),
+    [
+        (torch.nn.Conv1d(1, 1, 1), [], ValueError, "no torch.nn.Linear"),
+        (Net(), [], ValueError, "no samples"),
+        (Net(), [torch.randn(3, 6)], TypeError, r"\(inputs, labels\)"),
+        (Net(), [(torch.randn(3, 6),)], TypeError, r"\(inputs, labels\)"),
+        (Net(), [(torch.randn(3, 6), torch.tensor([0, 1]))], ValueError, "labels must have shape"),
+        (Net(), [(torch.randn(3, 6), torch.rand(3))], TypeError, "labels must be integers"),
+    ],
+)
+def test_measure_model_errors(model, batches, error, words):
+    with pytest.raises(error, match=words):
+        ncfast.measure_model(model, batches)
+
+
+def test_a_head_that_is_not_one(model, loader):
+    with pytest.raises(TypeError, match="head must be a module with a weight"):
+        ncfast.measure_model(model, loader, head=torch.nn.ReLU())
+    with pytest.raises(ValueError, match="called 0 times"):
+        ncfast.measure_model(model, loader, head=torch.nn.Linear(6, 4))
+    shared = torch.nn.Linear(6, 6)
+    with pytest.raises(ValueError, match="called 2 times"):
+        ncfast.measure_model(torch.nn.Sequential(shared, shared), loader)
