@@ -56,7 +56,7 @@ def select(operation: str, features: torch.Tensor, function: str | None = None) 
     """
     forced = forced_backend()
     for backend in (forced,) if forced else BACKENDS:
-        reason = _refusal(operation, backend, features)
+        reason = refusal(operation, backend, features)
         if reason is None:
             calls = _recording.get()
             if calls is not None:
@@ -71,7 +71,7 @@ def explain(operation: str, features: torch.Tensor) -> list[tuple[str, str]]:
     """Say of every backend, in order of preference, why it would or would not run `operation` here."""
     forced, picked, lines = forced_backend(), False, []
     for backend in BACKENDS:
-        reason = _refusal(operation, backend, features)
+        reason = refusal(operation, backend, features)
         if forced and backend != forced:
             reason = f"backend {forced!r} is forced"
         elif reason is None and picked:
@@ -105,7 +105,8 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def _refusal(operation: str, backend: str, features: torch.Tensor) -> str | None:
+def refusal(operation: str, backend: str, features: torch.Tensor) -> str | None:
+    """Why `backend` cannot run `operation` on these features, or None when it can."""
     if not _exists(operation, backend):
         return f"{operation} has no {backend} implementation"
     return unavailable(backend) or _module(operation, backend).refuses(features)

@@ -1,0 +1,162 @@
+"""affine_argmax on every backend, against the decision in exact arithmetic."""
+
+from fractions import Fraction
+
+import backends
+import pytest
+import torch
+
+import ncfast
+
+pytestmark = pytest.mark.parametrize("backend", backends.available("affine_argmax"))
+
+
+def exact(features, weight, bias):
+    """argmax_c ⟨v_c, h⟩ + b_c in rational arithmetic, the lowest index on ties."""
+    rows = [[Fraction(x) for x in row] for row in features.double().tolist()]
+    rules = [[Fraction(x) for x in row] for row in weight.double().tolist()]
+    biases = [Fraction(b) for b in bias.double().tolist()]
+    decisions = []
+    for h in rows:
+        scores = [
+            sum(x * v for x, v in zip(h, rule, strict=True)) + b
+            for rule, b in zip(rules, biases, strict=True)
+        ]
+        decisions.append(scores.index(max(scores)))
+    return torch.tensor(decisions, dtype=torch.int64)
+
+
+def assert_decides(backend, features, weight, bias=None):
+    expected = exact(features, weight, torch.zeros(len(weight)) if bias is None else bias)
+    with backends.forced("affine_argmax", backend):
+        decided = ncfast.affine_argmax(features, weight, bias)
+    assert decided.dtype == torch.int64
+    assert torch.equal(decided, expected)
+
+
+# 1: no sum, no choice; 15, 16, 17 and 31, 33: around the lanes and tiles; 64 × 70: several of them; C above
+# and below p.
+@pytest.mark.parametrize(
+    ("N", "p", "C"), [(1, 1, 1), (5, 3, 1), (3, 1, 7), (17, 15, 16), (16, 17, 33), (33, 31, 5), (64, 70, 40)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_shapes_and_dtypes(backend, N, p, C, dtype):
+    generator = torch.Generator().manual_seed(N * p * C)
+    features = torch.randn(N, p, generator=generator).to(dtype)
+    weight = torch.randn(C, p, generator=generator)
+    bias = torch.randn(C, generator=generator)
+    assert_decides(backend, features, weight, bias)
+    assert_decides(backend, features, weight.to(dtype))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e15])
+def test_near_ties(backend, offset, scale):
+    """Classes whose scores differ by 1e-7 relative, far from the origin, at every scale."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(1, 24, dtype=torch.float64, generator=generator)
+    weight = direction + 1e-7 * torch.randn(20, 24, dtype=torch.float64, generator=generator)
+    features = (torch.randn(40, 24, dtype=torch.float64, generator=generator) + offset) * scale
+    assert_decides(backend, features.float(), weight)
+    assert_decides(backend, features.float(), (weight * scale).float())
+
+
+def test_ties_go_to_the_lowest_index(backend):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 20, generator=generator)[[3, 1, 1, 0, 3, 5, 0, 1]]  # duplicates before and after
+    features = torch.randn(50, 20, generator=generator) + 100
+    assert_decides(backend, features, weight, torch.zeros(8))
+    assert_decides(backend, features, weight[:1].expand(5, 20))
+    assert_decides(backend, torch.zeros(3, 20), weight)  # every score is 0
+
+
+def test_equal_rows_get_equal_decisions(backend):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 19, generator=generator).expand(40, 19)
+    assert_decides(backend, features, torch.randn(9, 19, generator=generator))
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e30])
+def test_denormal_and_huge_features(backend, scale):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 9, generator=generator) * scale
+    assert_decides(backend, features, torch.randn(5, 9, generator=generator))
+
+
+def test_nan_rows_give_an_index_in_range(backend):
+    features = torch.randn(6, 5)
+    features[1], features[4, 2] = torch.nan, torch.inf
+    weight = torch.randn(3, 5)
+    with backends.forced("affine_argmax", backend):
+        decided = ncfast.affine_argmax(features, weight)
+    assert ((decided >= 0) & (decided < 3)).all()
+    good = [0, 2, 3, 5]
+    assert torch.equal(decided[good], exact(features[good], weight, torch.zeros(3)))
+
+
+def test_strided_views(backend):
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(41, 30, generator=generator)
+    assert_decides(backend, wide[1::2, 3:22], torch.randn(7, 40, generator=generator)[:, 1::2][:, :19])
+    assert_decides(backend, wide.T, torch.randn(7, 41, generator=generator))
+
+
+def test_several_rules_at_once(backend):
+    features = torch.randn(30, 6)
+    weights = [torch.randn(4, 6), torch.randn(9, 6, dtype=torch.float64)]
+    biases = [None, torch.randn(9)]
+    with backends.forced("affine_argmax", backend):
+        together = ncfast.affine_argmax(features, weights, biases)
+        apart = [ncfast.affine_argmax(features, w, b) for w, b in zip(weights, biases, strict=True)]
+    assert isinstance(together, tuple)
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_nearest_class_center(backend, offset):
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(40, 12, dtype=torch.float64, generator=generator) + offset
+    features = (means[torch.arange(400) % 40] + torch.randn(400, 12, generator=generator)).float()
+    with backends.forced("affine_argmax", backend):
+        decided = ncfast.nearest_class_center(features, means)
+        with_absent = ncfast.nearest_class_center(
+            features, torch.cat([torch.full((2, 12), torch.nan), means])
+        )
+    assert torch.equal(decided, ncfast.reference.nearest_class_center(features, means))
+    assert torch.equal(with_absent, decided + 2)
+
+
+def test_thread_count_does_not_matter(backend):
+    features, weight = torch.randn(3000, 20), torch.randn(30, 20)
+    threads, decisions = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            with backends.forced("affine_argmax", backend):
+                decisions.append(ncfast.affine_argmax(features, weight))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(decisions[0], other) for other in decisions[1:])
+
+
+def test_no_rows(backend):  # noqa: ARG001 (nothing runs)
+    assert ncfast.affine_argmax(torch.empty(0, 4), torch.randn(3, 4)).shape == (0,)
+    assert [len(d) for d in ncfast.affine_argmax(torch.empty(0, 4), [torch.randn(3, 4)] * 2)] == [0, 0]
+
+
+def test_errors(backend):  # noqa: ARG001 (nothing runs)
+    features = torch.randn(5, 4)
+    for weight, bias, error, words in [
+        (torch.randn(3, 5), None, ValueError, r"weight must have shape \[C, 4\]"),
+        (torch.randn(0, 4), None, ValueError, "C ≥ 1"),
+        (torch.zeros(3, 4, dtype=torch.long), None, TypeError, "weight must be a floating-point"),
+        (torch.randn(3, 4), torch.zeros(4), ValueError, r"bias must have shape \[3\]"),
+        (torch.randn(3, 4), [0.0, 0.0, 0.0], TypeError, "bias must be"),
+        ([torch.randn(3, 4)], [None, None], ValueError, "1 weights but 2 biases"),
+        (torch.randn(3, 4, device="meta"), None, ValueError, "meta"),
+    ]:
+        with pytest.raises(error, match=words):
+            ncfast.affine_argmax(features, weight, bias)
+    with pytest.raises(ValueError, match="no class is present"):
+        ncfast.nearest_class_center(features, torch.full((2, 4), torch.nan))

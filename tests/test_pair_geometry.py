@@ -1,0 +1,195 @@
+"""pair_geometry, etf_error and decision_radius on every backend, against loops over pairs in float64."""
+
+import math
+
+import backends
+import pytest
+import torch
+
+import ncfast
+from ncfast.ops.pair_geometry import etf_error
+
+import oracle
+from oracle import EPS
+
+pytestmark = pytest.mark.parametrize("backend", backends.available("pair_geometry"))
+
+
+def by_loops(vectors, variances):
+    """Every reduction from one pair after the other."""
+    rows = vectors.double()
+    C = len(rows)
+    cosines, kernels, cdnv = [], [], []
+    nearest = [(math.inf, -1)] * C
+    for a in range(C):
+        for b in range(C):
+            if a == b:
+                continue
+            unit_a, unit_b = rows[a] / rows[a].norm(), rows[b] / rows[b].norm()
+            distance = float((rows[a] - rows[b]).norm())
+            cosines.append(float(unit_a @ unit_b))
+            kernels.append(-math.log(float((unit_a - unit_b).norm())))
+            cdnv.append(float(variances[a] + variances[b]) / (2 * distance**2))
+            nearest[a] = min(nearest[a], (distance, b))
+    cosines, kernels, cdnv = (torch.tensor(v, dtype=torch.float64) for v in (cosines, kernels, cdnv))
+    return {
+        "cosine_mean": cosines.mean(),
+        "cosine_std": cosines.std(correction=0),
+        "cosine_min": cosines.min(),
+        "cosine_max": cosines.max(),
+        "max_angle_deviation": (cosines + 1 / (C - 1)).abs().mean(),
+        "log_kernel_mean": kernels.mean(),
+        "log_kernel_std": kernels.std(correction=0),
+        "nearest_distance": torch.tensor([d for d, _ in nearest], dtype=torch.float64),
+        "nearest_index": torch.tensor([i for _, i in nearest]),
+        "cdnv": cdnv.mean(),
+    }
+
+
+# C = 2: one pair; C and p around lanes and tiles of 8, 16 and 32; C > p and p = 1.
+@pytest.mark.parametrize(
+    ("C", "p"), [(2, 1), (2, 5), (3, 8), (7, 9), (15, 4), (16, 16), (17, 33), (33, 7), (40, 65)]
+)
+def test_against_loops(backend, C, p):
+    generator = torch.Generator().manual_seed(C * p)
+    vectors = torch.randn(C, p, generator=generator, dtype=torch.float64)
+    if p == 1:
+        vectors = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)  # equal directions would have no kernel
+    variances = torch.rand(C, generator=generator, dtype=torch.float64)
+    with backends.forced("pair_geometry", backend):
+        geometry = ncfast.pair_geometry(vectors, variances)
+        plain = ncfast.pair_geometry(vectors.float())
+    expected = by_loops(vectors, variances)
+    # Dot products of p terms, then averages over pairs.
+    bound = 8 * (p + C) * EPS
+    for name, value in expected.items():
+        size = max(1.0, float(value.double().abs().max()))
+        oracle.assert_within(getattr(geometry, name), value, 4 * bound * size, name)
+    assert plain.cdnv is None
+    assert geometry.nearest_index.dtype == torch.int64
+
+
+def test_close_rows_do_not_cancel(backend):
+    """Rows 1e-7 apart at norm 1: right to 1e-8 relative, where a Gram matrix would lose it all."""
+    base = torch.randn(1, 10, dtype=torch.float64)
+    vectors = base / base.norm() + 1e-7 * torch.randn(6, 10, dtype=torch.float64)
+    expected = by_loops(vectors, torch.ones(6))
+    with backends.forced("pair_geometry", backend):
+        geometry = ncfast.pair_geometry(vectors, torch.ones(6))
+    oracle.assert_within(geometry.nearest_distance, expected["nearest_distance"], 1e-8 * 1e-7)
+    assert torch.equal(geometry.nearest_index, expected["nearest_index"])
+    oracle.assert_relative(geometry.cdnv, expected["cdnv"], 1e-8)
+    oracle.assert_within(geometry.log_kernel_mean, expected["log_kernel_mean"], 1e-8)
+
+
+def test_a_simplex_etf(backend):
+    with backends.forced("pair_geometry", backend):
+        geometry = ncfast.pair_geometry(
+            ncfast.simplex_etf(10, 16, generator=torch.Generator().manual_seed(0))
+        )
+        error = etf_error(ncfast.simplex_etf(10, 16))
+    for name, value in {
+        "cosine_mean": -1 / 9,
+        "cosine_min": -1 / 9,
+        "cosine_max": -1 / 9,
+        "cosine_std": 0.0,
+        "max_angle_deviation": 0.0,
+        "log_kernel_mean": -0.5 * math.log(20 / 9),
+        "log_kernel_std": 0.0,
+    }.items():
+        oracle.assert_within(getattr(geometry, name), value, 64 * 16 * EPS, name)
+    oracle.assert_within(error, 0.0, 64 * 16 * EPS)
+
+
+def test_rows_without_a_direction_and_equal_rows(backend):
+    vectors = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    twins = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    with backends.forced("pair_geometry", backend):
+        geometry = ncfast.pair_geometry(vectors)
+        equal = ncfast.pair_geometry(twins, torch.ones(3))
+    assert geometry.cosine_mean.isnan()
+    assert geometry.log_kernel_std.isnan()
+    assert geometry.nearest_distance.tolist() == [1.0, 1.0, 1.0]
+    assert equal.nearest_distance.tolist() == [0.0, 0.0, math.sqrt(2)]
+    assert equal.nearest_index.tolist() == [1, 0, 0]
+    assert equal.cdnv == math.inf
+    assert equal.log_kernel_mean == math.inf
+
+
+@pytest.mark.parametrize(("C", "p"), [(2, 1), (5, 9), (33, 8)])
+def test_etf_error(backend, C, p):
+    left, right = torch.randn(C, p, dtype=torch.float64), torch.randn(C, p)
+    ideal = (torch.eye(C, dtype=torch.float64) - 1 / C) / math.sqrt(C - 1)
+    with backends.forced("pair_geometry", backend):
+        own, crossed = etf_error(left), etf_error(left, right)
+        zero = etf_error(torch.zeros(C, p))
+    for error, gram in ((own, left @ left.T), (crossed, left @ right.double().T)):
+        oracle.assert_within(error, (gram / gram.norm() - ideal).norm(), 8 * (p + C) * EPS)
+    assert zero.isnan()
+
+
+@pytest.mark.parametrize(("C", "p"), [(1, 3), (2, 1), (6, 4), (17, 33)])
+def test_decision_radius_is_the_distance_to_the_boundary(backend, C, p):
+    weight, bias = torch.randn(C, p, dtype=torch.float64), torch.randn(C, dtype=torch.float64)
+    anchors = weight + 0.3 * torch.randn(C, p, dtype=torch.float64)
+    with backends.forced("pair_geometry", backend):
+        radii = ncfast.decision_radius(weight, bias, anchors)
+        some = ncfast.decision_radius(weight, bias, anchors[C // 2 :], torch.arange(C // 2, C))
+    assert torch.equal(some, radii[C // 2 :])
+    if C == 1:
+        assert radii.tolist() == [math.inf]
+        return
+    for a in range(C):
+        walls = [
+            float(((weight[a] - weight[c]) @ anchors[a] + bias[a] - bias[c]) / (weight[a] - weight[c]).norm())
+            for c in range(C)
+            if c != a
+        ]
+        bound = (p + 4) * 2.0**-52 * (float(anchors[a].norm()) + abs(min(walls)))  # as the docstring promises
+        oracle.assert_within(radii[a], min(walls), 2 * bound)
+
+
+def test_decision_radius_certifies(backend):
+    """Just inside the radius the rule decides a, in every direction; across the nearest wall it does not."""
+    C, p = 6, 4
+    means = 3 * torch.randn(C, p, dtype=torch.float64)
+    with backends.forced("pair_geometry", backend):
+        radii = ncfast.decision_radius(means, -0.5 * means.square().sum(1), means)
+        nearest = ncfast.pair_geometry(means)
+    oracle.assert_within(radii, nearest.nearest_distance / 2, 64 * EPS * 10)
+    for a in range(C):
+        steps = torch.randn(200, p, dtype=torch.float64)
+        steps *= radii[a] / steps.norm(dim=1, keepdim=True)
+        inside = means[a] + (1 - 1e-9) * steps
+        assert (ncfast.reference.nearest_class_center(inside, means) == a).all()
+        towards = means[nearest.nearest_index[a]] - means[a]
+        across = means[a] + (1 + 1e-9) * radii[a] * towards / towards.norm()
+        assert ncfast.reference.nearest_class_center(across[None], means) != a
+
+
+def test_decision_radius_of_equal_rules(backend):
+    weight = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    with backends.forced("pair_geometry", backend):
+        tied = ncfast.decision_radius(weight, None, weight)
+        biased = ncfast.decision_radius(weight, torch.tensor([0.0, 1.0, 0.0]), weight)
+    wall = 1 / math.sqrt(2)
+    oracle.assert_within(tied[[0, 2]], torch.tensor([wall, wall]), 1e-7)
+    assert tied[1] == -math.inf  # the lower index wins every tie
+    assert biased[0] == -math.inf
+    oracle.assert_within(biased[1], 2 * wall, 1e-7)
+
+
+def test_errors(backend):  # noqa: ARG001 (nothing runs)
+    rows = torch.randn(3, 4)
+    for call, error, words in [
+        (lambda: ncfast.pair_geometry(rows[:1]), ValueError, "C ≥ 2"),
+        (lambda: ncfast.pair_geometry(rows[0]), ValueError, "C, p"),
+        (lambda: ncfast.pair_geometry(rows.long()), TypeError, "vectors must be"),
+        (lambda: ncfast.pair_geometry(rows, torch.ones(4)), ValueError, "variances must have shape"),
+        (lambda: etf_error(rows, torch.randn(3, 5)), ValueError, "right must have shape"),
+        (lambda: ncfast.decision_radius(rows, torch.ones(2), rows), ValueError, "bias must have shape"),
+        (lambda: ncfast.decision_radius(rows, None, rows[:2]), ValueError, "anchors must have shape"),
+        (lambda: ncfast.decision_radius(rows, None, rows.to("meta")), ValueError, "meta"),
+    ]:
+        with pytest.raises(error, match=words):
+            call()
