@@ -1,0 +1,76 @@
+"""dispatch: forced paths run or raise, choices are declared and can be explained."""
+
+import pytest
+import torch
+
+import ncfast
+from ncfast.ops import dispatch
+
+FEATURES, LABELS = torch.randn(6, 3), torch.arange(6) % 2
+
+
+def run():
+    with dispatch.record() as ran:
+        ncfast.class_scatter(FEATURES, LABELS, torch.zeros(2, 3))
+    return ran
+
+
+def test_use_backend_forces_and_restores():
+    automatic = run()
+    with ncfast.use_backend("reference"):
+        assert run() == [("class_scatter", "reference")]
+    assert run() == automatic
+
+
+def test_the_environment_forces(monkeypatch):
+    monkeypatch.setenv("NCFAST_BACKEND", "reference")
+    assert run() == [("class_scatter", "reference")]
+    monkeypatch.setenv("NCFAST_BACKEND", "")  # set but empty: as if unset
+    assert len(run()) == 1
+
+
+def test_use_backend_beats_the_environment(monkeypatch):
+    monkeypatch.setenv("NCFAST_BACKEND", "cuda")
+    with ncfast.use_backend("reference"):
+        assert run() == [("class_scatter", "reference")]
+
+
+def test_a_forced_backend_never_falls_back():
+    assert not torch.cuda.is_available() or FEATURES.device.type == "cpu"
+    with ncfast.use_backend("cuda"), pytest.raises(RuntimeError, match="'cuda' was forced but cannot run"):
+        run()
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"), ncfast.use_backend("gpu"):
+        pass
+    monkeypatch.setenv("NCFAST_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="NCFAST_BACKEND: unknown backend 'gpu'"):
+        run()
+
+
+@pytest.mark.parametrize("operation", ["class_scatter", "affine_argmax", "pair_geometry"])
+def test_explain_names_what_runs(operation):
+    lines = dict(dispatch.explain(operation, FEATURES))
+    assert tuple(lines) == dispatch.BACKENDS
+    assert list(lines.values()).count("runs") == 1
+    with ncfast.use_backend("reference"):
+        forced = dict(dispatch.explain(operation, FEATURES))
+    assert forced["reference"] == "runs"
+    assert forced["cpu"] == "backend 'reference' is forced"
+
+
+def test_explain_agrees_with_what_ran():
+    (_, ran), *_ = run()
+    assert dict(dispatch.explain("class_scatter", FEATURES))[ran] == "runs"
+
+
+def test_recording_is_local_and_ends():
+    with dispatch.record() as outer:
+        with dispatch.record() as inner:
+            run()
+        assert inner == []  # run() records for itself: the innermost list gets the call
+        ncfast.class_scatter(FEATURES, LABELS, torch.zeros(2, 3))
+    assert len(outer) == 1
+    ncfast.class_scatter(FEATURES, LABELS, torch.zeros(2, 3))
+    assert len(outer) == 1
