@@ -1,0 +1,5 @@
+"""`python -m ncfast`: see `ncfast.cli`."""
+
+from ncfast.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,165 @@
+"""The command line: `ncfast info`, `ncfast measure`, `ncfast demo`."""
+
+import argparse
+import csv
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ncfast
+from ncfast.collapse import GLOBAL_MEANS, CollapseReport
+from ncfast.files import SUFFIXES, read_arrays
+from ncfast.ops import dispatch
+from ncfast.ops.class_scatter import PRECISIONS
+
+OPERATIONS = ("class_scatter", "affine_argmax", "pair_geometry")
+ARRAYS = ("features", "labels", "weight", "bias", "test_features", "test_labels")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0, 2 for an error (one line on stderr), 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if importlib.util.find_spec("rich") is None:
+            raise ImportError("the command line needs rich: pip install 'ncfast[cli]'")
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
+        print("ncfast: error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ncfast", description="Neural-collapse metrics for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"ncfast {ncfast.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="what this machine has, what would run, and why")
+    info.set_defaults(run=_info)
+
+    measure = commands.add_parser(
+        "measure",
+        help="NC1–NC4 of features and labels in files",
+        description="Measures arrays by name. A .npy file is named after itself: features.npy is 'features'.",
+    )
+    measure.set_defaults(run=_measure)
+    measure.add_argument("files", nargs="+", metavar="FILE", help=", ".join(SUFFIXES))
+    for name in ARRAYS:
+        option = f"--{name.replace('_', '-')}"
+        measure.add_argument(option, metavar="NAME", help=f"name of the array (default: {name})")
+    measure.add_argument("--num-classes", type=int, metavar="C")
+    measure.add_argument("--global-mean", choices=GLOBAL_MEANS, default="samples")
+    measure.add_argument("--precision", choices=PRECISIONS, default="high")
+    measure.add_argument("--ignore-index", type=int, default=-100, metavar="LABEL")
+    measure.add_argument("--nonfinite", choices=("error", "skip"), default="error")
+    measure.add_argument("--json", metavar="PATH", help="write the report as JSON; - is standard output")
+    measure.add_argument("--csv", metavar="PATH", help="write the report as CSV; - is standard output")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a small network past zero training error and watch it collapse",
+        description="Trains on images that a package ships; writes collapse.csv, .json and .png.",
+    )
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR")
+    demo.add_argument("--quick", action="store_true", help="8×8 digits instead of 5,000 MNIST images")
+    demo.add_argument("--epochs", type=int, metavar="N", help="default: 200")
+    demo.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _info(_: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    facts = Table(show_header=False, box=None)
+    facts.add_row("ncfast", ncfast.__version__)
+    facts.add_row("Python", platform.python_version())
+    facts.add_row("PyTorch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    facts.add_row("GPU", gpu)
+    facts.add_row("forced", dispatch.forced_backend() or "nothing")
+    for backend in dispatch.BACKENDS:
+        facts.add_row(backend, dispatch.unavailable(backend) or "installed")
+    console.print(facts)
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        table = Table("operation", "backend", "", title=f"float32 features on {device}", title_justify="left")
+        for operation in OPERATIONS:
+            for backend, reason in dispatch.explain(operation, torch.empty(1, 1, device=device)):
+                style = "bold green" if reason == "runs" else ""
+                table.add_row(operation, backend, reason, style=style)
+                operation = ""
+            table.add_section()
+        console.print(table)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    arrays = read_arrays(arguments.files)
+    chosen: dict[str, Any] = {}
+    for name in ARRAYS:
+        asked = getattr(arguments, name)
+        if asked is not None and asked not in arrays:
+            raise ValueError(f"no array is named {asked!r}; there are: {', '.join(arrays)}")
+        chosen[name] = arrays.get(asked or name)
+    for name in ("features", "labels"):
+        if chosen[name] is None:
+            raise ValueError(f"no array is named {name!r}; there are: {', '.join(arrays)} (see --{name})")
+    test = (chosen.pop("test_features"), chosen.pop("test_labels"))
+    if (test[0] is None) != (test[1] is None):
+        raise ValueError("test_features and test_labels are needed together")
+    report = ncfast.measure(
+        **chosen,
+        test=None if test[0] is None else test,
+        num_classes=arguments.num_classes,
+        global_mean=arguments.global_mean,
+        precision=arguments.precision,
+        ignore_index=arguments.ignore_index,
+        nonfinite=arguments.nonfinite,
+        progress=sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None,
+    )
+    if "-" not in (arguments.json, arguments.csv):
+        _print_report(report)
+    for path, write in ((arguments.json, _write_json), (arguments.csv, _write_csv)):
+        if path is not None:
+            with nullcontext(sys.stdout) if path == "-" else open(path, "w", newline="") as file:
+                write(report, file)
+
+
+def _print_report(report: CollapseReport) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "value", box=SIMPLE_HEAD)
+    for line in str(report).splitlines():
+        name, _, value = line.partition(" ")
+        table.add_row(name, value.strip())
+    Console().print(table)
+
+
+def _write_json(report: CollapseReport, file: Any) -> None:
+    json.dump(report.as_dict(), file, indent=1, allow_nan=False)
+    file.write("\n")
+
+
+def _write_csv(report: CollapseReport, file: Any) -> None:
+    writer = csv.DictWriter(file, list(report.as_dict()), lineterminator="\n")
+    writer.writeheader()
+    writer.writerow(report.as_dict())
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from ncfast.demo import run_demo
+
+    run_demo(arguments.output, quick=arguments.quick, epochs=arguments.epochs, seed=arguments.seed)
