@@ -1,0 +1,124 @@
+// ncfast._cpu: addresses in, the GIL released, no mathematics. Callers in Python have checked the arguments.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/class_scatter.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+T named(const std::map<std::string, T>& values, const std::string& name) {
+  const auto found = values.find(name);
+  if (found == values.end()) throw std::invalid_argument("unknown name '" + name + "'");
+  return found->second;
+}
+
+const std::map<std::string, ncfast::Dtype> kDtypes = {{"float32", ncfast::Dtype::float32},
+                                                      {"float64", ncfast::Dtype::float64},
+                                                      {"bfloat16", ncfast::Dtype::bfloat16},
+                                                      {"float16", ncfast::Dtype::float16}};
+const std::map<std::string, ncfast::Precision> kPrecisions = {{"highest", ncfast::Precision::highest},
+                                                              {"high", ncfast::Precision::high},
+                                                              {"medium", ncfast::Precision::medium}};
+
+const std::map<std::string, std::vector<ncfast::Isa>> kBodies = {
+#if defined(__x86_64__)
+    {"class_scatter", {ncfast::Isa::portable, ncfast::Isa::avx2, ncfast::Isa::avx512}},
+#else
+    {"class_scatter", {ncfast::Isa::portable}},
+#endif
+};
+
+ncfast::Isa selected(const std::string& operation) { return ncfast::select(named(kBodies, operation)); }
+
+// Lets Ctrl-C through, a few times a second.
+class Interruptible {
+ public:
+  void operator()() {
+    const auto now = std::chrono::steady_clock::now();
+    if (now < next_) return;
+    next_ = now + std::chrono::milliseconds(200);
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals()) throw py::error_already_set();
+  }
+
+ private:
+  std::chrono::steady_clock::time_point next_ =
+      std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
+};
+
+void class_scatter(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
+                   Address labels, int label_size, int64_t label_bytes, int64_t ignore_index, Address shift,
+                   int64_t C, const std::string& precision, Address counts, Address sums, Address sumsq,
+                   Address scatter, Address radii, bool symmetric, int threads) {
+  const ncfast::ClassScatter call = {N,
+                                     p,
+                                     C,
+                                     named(kDtypes, dtype),
+                                     at<void>(features),
+                                     row_bytes,
+                                     at<void>(labels),
+                                     label_size,
+                                     label_bytes,
+                                     ignore_index,
+                                     at<void>(shift),
+                                     named(kPrecisions, precision),
+                                     at<int64_t>(counts),
+                                     at<double>(sums),
+                                     at<double>(sumsq),
+                                     at<double>(scatter),
+                                     at<void>(radii),
+                                     symmetric};
+  const ncfast::Isa isa = selected("class_scatter");
+  py::gil_scoped_release release;
+  ncfast::class_scatter(call, isa, threads, Interruptible());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "The CPU kernels of ncfast, by address.";
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::pair<std::string, bool>> listed;
+        for (ncfast::Isa isa : ncfast::kIsas) listed.emplace_back(ncfast::name(isa), ncfast::available(isa));
+        return listed;
+      },
+      "(name, available) of every instruction set there are bodies for, from the plainest to the fastest.");
+  m.def(
+      "isa", [](const std::string& operation) { return ncfast::name(selected(operation)); }, "operation"_a,
+      "The instruction set `operation` runs on; NCFAST_CPU_ISA forces one.");
+  m.def(
+      "bodies",
+      [](const std::string& operation) {
+        std::vector<std::string> names;
+        for (ncfast::Isa isa : named(kBodies, operation)) {
+          if (ncfast::available(isa)) names.emplace_back(ncfast::name(isa));
+        }
+        return names;
+      },
+      "operation"_a, "The instruction sets that `operation` can run on here.");
+  m.def("class_scatter", &class_scatter, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "labels"_a,
+        "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "precision"_a, "counts"_a,
+        "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "symmetric"_a, "threads"_a);
+}

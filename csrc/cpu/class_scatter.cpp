@@ -1,0 +1,284 @@
+#include "cpu/class_scatter.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cpu/pool.h"
+
+namespace ncfast {
+namespace {
+
+constexpr int64_t kChunk = 1 << 20;  // rows sorted at once: bounds the memory that grows with N
+constexpr int64_t kPackStrip = 64;   // rows
+constexpr int64_t kStreamStrip = 256;
+constexpr int64_t kStreamBlock = 64 * kStreamStrip;
+constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread costs more than it saves
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+std::unique_ptr<char, Free> allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 4096, std::max<size_t>(bytes, 1))) throw std::bad_alloc();
+  return std::unique_ptr<char, Free>(static_cast<char*>(memory));
+}
+
+int64_t label_at(const ClassScatter& call, int64_t i) {
+  const char* at = static_cast<const char*>(call.labels) + i * call.label_bytes;
+  if (call.label_size == 4) {
+    int32_t label;
+    std::memcpy(&label, at, sizeof label);
+    return label;
+  }
+  int64_t label;
+  std::memcpy(&label, at, sizeof label);
+  return label;
+}
+
+// The rows of one chunk that are in use, by class and within a class as they came.
+struct Order {
+  std::vector<int32_t> label;  // of each row of the chunk, -1 for those left out
+  std::vector<int32_t> row;
+  std::vector<int64_t> start;
+
+  // Labels are read once: another thread may be writing them.
+  void sort(const ClassScatter& call, int64_t first, int64_t rows) {
+    label.resize(rows);
+    start.assign(call.C + 1, 0);
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t y = label_at(call, first + i);
+      const bool used = y >= 0 && y < call.C && y != call.ignore_index;
+      label[i] = used ? static_cast<int32_t>(y) : -1;
+      if (used) start[y + 1]++;
+    }
+    for (int64_t c = 0; c < call.C; c++) start[c + 1] += start[c];
+    row.resize(start[call.C]);
+    std::vector<int64_t>& at = start;  // afterwards start[c] is where class c ends
+    for (int64_t i = 0; i < rows; i++) {
+      if (label[i] >= 0) row[at[label[i]]++] = static_cast<int32_t>(i);
+    }
+  }
+};
+
+// What the strips of a block cannot add to the results themselves. A strip adds to the sums of the classes
+// that begin in it; rows of a class that began in an earlier strip of the block are carried, and added when
+// all strips are done.
+struct Carry {
+  int64_t p;
+  bool columns;
+  std::vector<double> sums;            // [strips, p]
+  std::vector<double> column_squares;  // [strips, p]
+  std::vector<double> sumsq;           // [strips]
+
+  Carry(int64_t strips, int64_t p, bool columns)
+      : p(p), columns(columns), sums(strips * p), column_squares(columns ? strips * p : 0), sumsq(strips) {}
+};
+
+template <class Real>
+class Pass {
+ public:
+  Pass(const ClassScatter& call, const ScatterBody& body, int threads, const std::function<void()>& poll)
+      : call_(call), body_(body), threads_(threads), poll_(poll) {}
+
+  void run() {
+    const int64_t p = call_.p;
+    const bool multiply = call_.scatter != nullptr;
+    const int64_t most = round_up(std::min(call_.N, kChunk), kGroup);
+    const int64_t block_rows = std::min(most, multiply ? body_.block_rows : kStreamBlock);
+    strip_ = multiply ? kPackStrip : kStreamStrip;
+    Carry carry((block_rows + strip_ - 1) / strip_, p, multiply);
+    std::vector<double> diagonal;
+    std::unique_ptr<char, Free> data, scratch;
+    if (multiply) {
+      panel_ = {p, round_up(p, body_.pad), 0, block_rows, call_.precision, nullptr};
+      data = allocate(body_.element(call_.precision) * panel_.padded * panel_.stride);
+      panel_.data = data.get();
+      scratch = allocate(body_.scratch * threads_);
+      for (int64_t j = 0; j < p; j++) diagonal.push_back(call_.scatter[j * p + j]);
+    }
+    for (int64_t first = 0; first < call_.N; first += kChunk) {
+      chunk_ = first;
+      const int64_t rows = std::min(kChunk, call_.N - first);
+      order_.sort(call_, first, rows);
+      fill_radii(rows);
+      const int64_t used = static_cast<int64_t>(order_.row.size());
+      for (int64_t start = 0; start < used; start += block_rows) {
+        poll_();
+        const int64_t end = std::min(used, start + block_rows);
+        pack(start, end, carry);
+        add_carries(start, end, carry, diagonal);
+        if (multiply) multiply_tiles(end - start, scratch.get());
+      }
+    }
+    if (!multiply) return;
+    // The exact squares of the pack stage: the low-precision products would bias the diagonal.
+    for (int64_t j = 0; j < p; j++) call_.scatter[j * p + j] = diagonal[j];
+    if (call_.symmetric) mirror();
+  }
+
+ private:
+  int threads_for(int64_t work) const { return work < kSerial ? 1 : threads_; }
+
+  void fill_radii(int64_t rows) {
+    Real* radii = static_cast<Real*>(call_.radii);
+    if (!radii) return;
+    for (int64_t i = 0; i < rows; i++) {
+      if (order_.label[i] < 0) radii[chunk_ + i] = std::numeric_limits<Real>::quiet_NaN();
+    }
+  }
+
+  int32_t label_of(int64_t sorted) const { return order_.label[order_.row[sorted]]; }
+
+  const char* feature_row(int64_t sorted) const {
+    return static_cast<const char*>(call_.features) + (chunk_ + order_.row[sorted]) * call_.row_bytes;
+  }
+
+  void pack(int64_t start, int64_t end, Carry& carry) {
+    const int64_t strips = (end - start + strip_ - 1) / strip_;
+    panel_.rows = end - start;
+    parallel_for(threads_for((end - start) * call_.p), strips, [&](int64_t strip, int) {
+      const int64_t from = start + strip * strip_;
+      pack_strip(start, from, std::min(end, from + strip_), end, strip, carry);
+    });
+  }
+
+  // Whether the strip's first rows belong to a class that began in an earlier strip of the block.
+  bool carried(int64_t start, int64_t from) const {
+    return from > start && label_of(from) == label_of(from - 1);
+  }
+
+  void pack_strip(int64_t start, int64_t from, int64_t to, int64_t end, int64_t strip, Carry& carry) {
+    const int64_t p = call_.p;
+    const int32_t carried_class = carried(start, from) ? label_of(from) : -1;
+    double* carried_sums = &carry.sums[strip * p];
+    double* column_squares = carry.columns ? &carry.column_squares[strip * p] : nullptr;
+    if (carried_class >= 0) std::fill_n(carried_sums, p, 0.0);
+    if (column_squares) std::fill_n(column_squares, p, 0.0);
+    double carried_sumsq = 0.0;
+    const char* shift = static_cast<const char*>(call_.shift);
+    for (int64_t row = from; row < to; row += kGroup) {
+      Group group;
+      group.rows = static_cast<int>(std::min<int64_t>(kGroup, to - row));
+      for (int i = 0; i < group.rows; i++) {
+        const int32_t c = label_of(row + i);
+        group.features[i] = feature_row(row + i);
+        group.next[i] = feature_row(std::min(row + i + kGroup, end - 1));
+        group.shift[i] = shift + c * p * sizeof(Real);
+        group.sums[i] = c == carried_class ? carried_sums : call_.sums + c * p;
+        group.last[i] = i + 1 == group.rows || label_of(row + i + 1) != c;
+      }
+      Real squares[kGroup];
+      if (column_squares) {
+        body_.pack(group, row - start, panel_, column_squares, squares);
+      } else {
+        body_.stream(group, p, squares);
+      }
+      for (int i = 0; i < group.rows; i++) {
+        const int32_t c = label_of(row + i);
+        const double square = checked(squares[i]);
+        if (c == carried_class) {
+          carried_sumsq += square;
+        } else {
+          call_.sumsq[c] += square;
+          call_.counts[c]++;
+        }
+        if (call_.radii)
+          static_cast<Real*>(call_.radii)[chunk_ + order_.row[row + i]] = std::sqrt(squares[i]);
+      }
+    }
+    carry.sumsq[strip] = carried_sumsq;
+  }
+
+  // Sums of kChunk such squares stay finite, in the panel's products too.
+  static double checked(Real square) {
+    constexpr Real kMost = std::numeric_limits<Real>::max() / kChunk;
+    return square <= kMost ? static_cast<double>(square)
+                           : square - square + std::numeric_limits<double>::infinity();
+  }
+
+  void add_carries(int64_t start, int64_t end, const Carry& carry, std::vector<double>& diagonal) {
+    const int64_t p = call_.p, strips = (end - start + strip_ - 1) / strip_;
+    for (int64_t strip = 0; strip < strips; strip++) {
+      const int64_t from = start + strip * strip_;
+      if (carry.columns) {
+        for (int64_t j = 0; j < p; j++) diagonal[j] += carry.column_squares[strip * p + j];
+      }
+      if (!carried(start, from)) continue;
+      const int32_t c = label_of(from);
+      for (int64_t j = 0; j < p; j++) call_.sums[c * p + j] += carry.sums[strip * p + j];
+      call_.sumsq[c] += carry.sumsq[strip];
+      const int64_t to = std::min(end, from + strip_);
+      for (int64_t row = from; row < to && label_of(row) == c; row++) call_.counts[c]++;
+    }
+  }
+
+  void multiply_tiles(int64_t rows, char* scratch) {
+    const int64_t tiles = (panel_.padded + body_.tile - 1) / body_.tile;
+    // The tiles below the diagonal cost most: those on it come last, so that threads finish together.
+    std::vector<std::pair<int64_t, int64_t>> pairs;
+    for (int64_t apart = tiles - 1; apart >= 0; apart--) {
+      for (int64_t I = 0; I + apart < tiles; I++)
+        pairs.emplace_back(I * body_.tile, (I + apart) * body_.tile);
+    }
+    parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(pairs.size()), [&](int64_t i, int slot) {
+      body_.multiply(panel_, pairs[i].first, pairs[i].second, call_.scatter, scratch + slot * body_.scratch);
+    });
+  }
+
+  void mirror() {
+    constexpr int64_t kSide = 32;
+    const int64_t p = call_.p, sides = (p + kSide - 1) / kSide;
+    parallel_for(threads_for(p * p), sides, [&](int64_t side, int) {
+      const int64_t top = side * kSide, bottom = std::min(p, top + kSide);
+      for (int64_t left = 0; left <= top; left += kSide) {
+        for (int64_t i = top; i < bottom; i++) {
+          const int64_t right = std::min(i, left + kSide);
+          for (int64_t j = left; j < right; j++) call_.scatter[i * p + j] = call_.scatter[j * p + i];
+        }
+      }
+    });
+  }
+
+  const ClassScatter& call_;
+  const ScatterBody& body_;
+  const int threads_;
+  const std::function<void()>& poll_;
+  int64_t chunk_ = 0, strip_ = 0;
+  Order order_;
+  Panel panel_{};
+};
+
+}  // namespace
+
+const ScatterBody* scatter_body(Isa isa, Dtype dtype) {
+  switch (isa) {
+    case Isa::portable:
+      return scatter_body_portable(dtype);
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return scatter_body_avx2(dtype);
+    case Isa::avx512:
+      return scatter_body_avx512(dtype);
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+void class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll) {
+  const ScatterBody& body = *scatter_body(isa, call.dtype);
+  if (call.dtype == Dtype::float64) {
+    Pass<double>(call, body, threads, poll).run();
+  } else {
+    Pass<float>(call, body, threads, poll).run();
+  }
+}
+
+}  // namespace ncfast

@@ -1,0 +1,101 @@
+// class_scatter on the CPU: counts, sums, sums of squares and the scatter of (h - k_y), from one read of h.
+//
+// class_scatter.cpp orders the rows by class and cuts them into blocks; a body, one per instruction set,
+// packs a block's residuals into a panel and multiplies the panel with itself:
+//
+//   rows of one chunk, counting-sorted by class
+//     block   the rows whose residuals the panel holds at once
+//       strip   one task of the pack stage
+//         group   up to 32 rows, one call of a body
+//     tile      one task of the multiply stage: a square of the upper triangle of the scatter
+//
+// Every boundary depends on the shapes alone, and what two tasks contribute to the same number is added in
+// the order of the tasks: results are bitwise the same for any number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "cpu/isa.h"
+
+namespace ncfast {
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+enum class Precision { highest, high, medium };
+
+struct ClassScatter {
+  int64_t N, p, C;
+  Dtype dtype;
+  const void* features;  // [N, p], columns contiguous
+  int64_t row_bytes;     // from one row to the next; may be 0 or negative
+  const void* labels;    // [N] int64 or int32; rows whose label is outside [0, C) are never read
+  int label_size;        // 8 or 4
+  int64_t label_bytes;   // from one label to the next
+  int64_t ignore_index;  // left out even if in [0, C)
+  const void* shift;     // [C, p] contiguous; float64 when the features are, else float32
+  Precision precision;
+
+  // The results are added to what these hold. Only the diagonal and the upper triangle of the scatter are
+  // written unless `symmetric`.
+  int64_t* counts;  // [C]
+  double* sums;     // [C, p] sum of h - k_y
+  double* sumsq;    // [C] sum of |h - k_y|^2; infinite or NaN when a residual is, or when squares overflow
+  double* scatter;  // [p, p] or null
+  void* radii;  // [N] |h - k_y|, NaN for a row left out; float64 when the features are, else float32; or null
+  bool symmetric;
+};
+
+// `poll` is called now and then on the calling thread and may throw, which leaves the outputs half written.
+void class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll);
+
+// True when every feature of the rows in use is finite and no squares would overflow: class_scatter then
+// succeeds. Reads the features, writes nothing.
+bool class_scatter_finite(const ClassScatter& call, Isa isa, int threads);
+
+constexpr int kGroup = 32;
+
+// Rows of a block in class order, and where their residuals go.
+struct Group {
+  int rows;
+  const char* features[kGroup];
+  const char* next[kGroup];  // rows worth prefetching meanwhile: those of the following group
+  const char* shift[kGroup];
+  double* sums[kGroup];
+  bool last[kGroup];  // whether the row is the last one with its sums
+};
+
+struct Panel {
+  int64_t p;       // columns
+  int64_t padded;  // columns, rounded up to ScatterBody::pad; those from p on hold zeros
+  int64_t rows;    // rows filled
+  int64_t stride;  // rows it has room for, a multiple of kGroup
+  Precision precision;
+  char* data;  // aligned to a page
+};
+
+// What an instruction set contributes. `squares` is float64 [kGroup] for float64 features, else float32.
+struct ScatterBody {
+  int64_t pad;
+  int64_t tile;        // multiple of pad: side of the squares into which the multiply stage cuts the scatter
+  int64_t block_rows;  // multiple of kGroup
+  size_t scratch;      // bytes per thread
+  size_t (*element)(Precision);  // bytes of panel per residual
+
+  // sums += residuals, squares[i] = |residual i|^2. The group starts at row `row` of the block.
+  void (*stream)(const Group&, int64_t p, void* squares);
+  // The same, and column_squares[p] += squares of the residuals, and the residuals go into the panel.
+  void (*pack)(const Group&, int64_t row, const Panel&, double* column_squares, void* squares);
+  // scatter [p, p] += the products of panel columns [I, I + tile) and [J, J + tile), I <= J. May write
+  // below the diagonal within the tile.
+  void (*multiply)(const Panel&, int64_t I, int64_t J, double* scatter, char* scratch);
+};
+
+// Null when this build has no such body. float64 bodies ignore the precision.
+const ScatterBody* scatter_body(Isa isa, Dtype dtype);
+const ScatterBody* scatter_body_portable(Dtype dtype);
+const ScatterBody* scatter_body_avx2(Dtype dtype);
+const ScatterBody* scatter_body_avx512(Dtype dtype);
+const ScatterBody* scatter_body_amx(Dtype dtype);
+
+}  // namespace ncfast

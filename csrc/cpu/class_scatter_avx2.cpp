@@ -1,0 +1,40 @@
+// class_scatter on AVX2 and FMA: 8 floats or 4 doubles, 3 x 4 register tiles.
+#if defined(__x86_64__)
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/class_scatter.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace ncfast {
+namespace {
+
+struct BFloat16 {};
+struct Float16 {};
+
+#include "cpu/class_scatter_vector.h"
+
+}  // namespace
+
+const ScatterBody* scatter_body_avx2(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32:
+      return VectorBody<float, float, 8>::body<3, 4, 192>(1024);
+    case Dtype::bfloat16:
+      return VectorBody<BFloat16, float, 8>::body<3, 4, 192>(1024);
+    case Dtype::float16:
+      return VectorBody<Float16, float, 8>::body<3, 4, 192>(1024);
+    case Dtype::float64:
+      return VectorBody<double, double, 4>::body<3, 4, 192>(512);
+  }
+  return nullptr;
+}
+
+}  // namespace ncfast
+
+#pragma GCC pop_options
+
+#endif

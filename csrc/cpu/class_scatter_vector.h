@@ -1,0 +1,209 @@
+// The bodies of class_scatter that multiply with vector FMAs, once for every vector width. Included inside
+// the anonymous namespace of each instruction set's translation unit, after its target pragma: the code is
+// compiled anew there, and no copy of it can be linked into another. Hence no includes here.
+//
+// Panel: [padded / W][stride][W], columns in pieces of W. The multiply stage holds a register tile of
+// A vectors (columns i of the scatter) x B broadcasts (rows j) over all rows of the block and then adds it to
+// the float64 scatter: no float32 sum is longer than a block.
+
+template <class Real, int W>
+using Vec [[gnu::vector_size(W * sizeof(Real))]] = Real;
+
+template <int W>
+Vec<float, W> widen(const Vec<uint16_t, W>& half, BFloat16) {
+  const auto bits = __builtin_convertvector(half, Vec<uint32_t, W>) << 16;
+  Vec<float, W> value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Exponents are moved by 127 - 15; those of infinities and NaNs once more. A denormal half is an integer
+// multiple of 2^-24: it gets the exponent of 2^-14 and loses the implicit one by a subtraction.
+template <int W>
+Vec<float, W> widen(const Vec<uint16_t, W>& half, Float16) {
+  using Bits = Vec<uint32_t, W>;
+  const Bits bits = __builtin_convertvector(half, Bits);
+  const Bits sign = (bits & 0x8000) << 16, exponent = bits & 0x7c00;
+  Bits magnitude = ((bits & 0x7fff) << 13) + (112u << 23);
+  magnitude += Bits(exponent == 0x7c00) & (Bits{} + (112u << 23));
+  const Bits denormal = Bits(exponent == 0);
+  magnitude += denormal & (Bits{} + (1u << 23));
+  Vec<float, W> value;
+  std::memcpy(&value, &magnitude, sizeof value);
+  const Bits correction_bits = denormal & (Bits{} + (113u << 23));
+  Vec<float, W> correction;
+  std::memcpy(&correction, &correction_bits, sizeof correction);
+  value -= correction;
+  Bits result;
+  std::memcpy(&result, &value, sizeof result);
+  result |= sign;
+  std::memcpy(&value, &result, sizeof value);
+  return value;
+}
+
+// Element type in memory and how to load it.
+template <class Feature>
+struct Stored {
+  using type = Feature;
+};
+template <>
+struct Stored<BFloat16> {
+  using type = uint16_t;
+};
+template <>
+struct Stored<Float16> {
+  using type = uint16_t;
+};
+
+// Loads `count` <= W elements from `column` of a row, zeros after them.
+template <class Feature, class Real, int W>
+inline Vec<Real, W> load(const char* row, int64_t column, int count) {
+  using Element = typename Stored<Feature>::type;
+  Vec<Element, W> piece;
+  const char* at = row + column * sizeof(Element);
+  if (count == W) {
+    std::memcpy(&piece, at, sizeof piece);
+  } else {
+    piece = Vec<Element, W>{};
+    std::memcpy(&piece, at, count * sizeof(Element));
+  }
+  if constexpr (sizeof(Element) == 2) {
+    return widen<W>(piece, Feature{});
+  } else {
+    return piece;
+  }
+}
+
+template <class Real, int W>
+inline void add_to(double* sums, const Vec<Real, W>& values, int count) {
+  Vec<double, W> total;
+  if (count == W) {
+    std::memcpy(&total, sums, sizeof total);
+    total += __builtin_convertvector(values, Vec<double, W>);
+    std::memcpy(sums, &total, sizeof total);
+  } else {
+    for (int i = 0; i < count; i++) sums[i] += values[i];
+  }
+}
+
+template <class Real, int W>
+inline Real sum(const Vec<Real, W>& values) {
+  Real total = 0;
+  for (int i = 0; i < W; i++) total += values[i];
+  return total;
+}
+
+template <class Feature, class Real, int W>
+struct VectorBody {
+  using V = Vec<Real, W>;
+
+  // R rows of one class at a time, so that the class's shift and sums are loaded once for all of them.
+  template <int R>
+  static void stream_rows(const Group& group, int first, int64_t p, Real* squares) {
+    V square[R] = {};
+    const char* shift = group.shift[first];
+    double* sums = group.sums[first];
+    for (int64_t j = 0; j < p; j += W) {
+      const int count = static_cast<int>(p - j < W ? p - j : W);
+      const V k = load<Real, Real, W>(shift, j, count);
+      V total = {};
+      for (int r = 0; r < R; r++) {
+        const V d = load<Feature, Real, W>(group.features[first + r], j, count) - k;
+        __builtin_prefetch(group.next[first + r] + j * sizeof(typename Stored<Feature>::type));
+        total += d;
+        square[r] += d * d;
+      }
+      add_to<Real, W>(sums + j, total, count);
+    }
+    for (int r = 0; r < R; r++) squares[first + r] = sum<Real, W>(square[r]);
+  }
+
+  static void stream(const Group& group, int64_t p, void* squares) {
+    Real* out = static_cast<Real*>(squares);
+    for (int first = 0; first < group.rows;) {
+      int end = first;
+      while (!group.last[end]) end++;
+      for (; first + 4 <= end + 1; first += 4) stream_rows<4>(group, first, p, out);
+      for (; first <= end; first++) stream_rows<1>(group, first, p, out);
+    }
+  }
+
+  static void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares,
+                   void* squares) {
+    V square[kGroup] = {};
+    for (int64_t j = 0; j < panel.padded; j += W) {
+      Real* out = reinterpret_cast<Real*>(panel.data) + j * panel.stride + row * W;
+      const int count = static_cast<int>(panel.p - j < W ? panel.p - j : W);
+      if (count <= 0) {
+        std::memset(out, 0, group.rows * sizeof(V));
+        continue;
+      }
+      V total = {}, columns = {};
+      for (int i = 0; i < group.rows; i++) {
+        const V d = load<Feature, Real, W>(group.features[i], j, count) -
+                    load<Real, Real, W>(group.shift[i], j, count);
+        __builtin_prefetch(group.next[i] + j * sizeof(typename Stored<Feature>::type));
+        std::memcpy(out + i * W, &d, sizeof d);
+        const V dd = d * d;
+        columns += dd;
+        square[i] += dd;
+        total += d;
+        if (group.last[i]) {
+          add_to<Real, W>(group.sums[i] + j, total, count);
+          total = V{};
+        }
+      }
+      add_to<Real, W>(column_squares + j, columns, count);
+    }
+    for (int i = 0; i < group.rows; i++) static_cast<Real*>(squares)[i] = sum<Real, W>(square[i]);
+  }
+
+  // scatter[j + b][i + a] += over the rows of the panel, for A vectors from column i and B columns from j.
+  template <int A, int B>
+  static void register_tile(const Panel& panel, int64_t i, int64_t j, double* scatter) {
+    const Real* data = reinterpret_cast<const Real*>(panel.data);
+    const Real* left[A];
+    for (int a = 0; a < A; a++) left[a] = data + (i + a * W) * panel.stride;
+    const Real* right = data + j / W * W * panel.stride + j % W;
+    V total[B][A] = {};
+    for (int64_t row = 0; row < panel.rows; row++) {
+      V column[A];
+#pragma GCC unroll 4
+      for (int a = 0; a < A; a++) std::memcpy(&column[a], left[a] + row * W, sizeof(V));
+#pragma GCC unroll 16
+      for (int b = 0; b < B; b++) {
+        const V factor = V{} + right[row * W + b];
+#pragma GCC unroll 4
+        for (int a = 0; a < A; a++) total[b][a] += column[a] * factor;
+      }
+    }
+    for (int b = 0; b < B && j + b < panel.p; b++) {
+      for (int a = 0; a < A; a++) {
+        const int64_t column = i + a * W;
+        const int count = static_cast<int>(panel.p - column < W ? panel.p - column : W);
+        if (count > 0) add_to<Real, W>(scatter + (j + b) * panel.p + column, total[b][a], count);
+      }
+    }
+  }
+
+  template <int A, int B, int Tile>
+  static void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char*) {
+    static_assert(Tile % (A * W) == 0 && Tile % B == 0 && W % B == 0);
+    const int64_t rows_end = I + Tile < panel.padded ? I + Tile : panel.padded;
+    const int64_t columns_end = J + Tile < panel.padded ? J + Tile : panel.padded;
+    for (int64_t j = I; j < rows_end && j < panel.p; j += B) {
+      for (int64_t i = J; i < columns_end; i += A * W) {
+        if (i + A * W > j) register_tile<A, B>(panel, i, j, scatter);
+      }
+    }
+  }
+
+  static size_t element(Precision) { return sizeof(Real); }
+
+  template <int A, int B, int Tile>
+  static const ScatterBody* body(int64_t block_rows) {
+    static const ScatterBody table = {A * W,   Tile,   block_rows, 0,
+                                      element, stream, pack,       multiply<A, B, Tile>};
+    return &table;
+  }
+};

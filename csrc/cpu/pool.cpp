@@ -1,0 +1,91 @@
+#include "cpu/pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace ncfast {
+namespace {
+
+class Pool {
+ public:
+  // The pool of this process, leaked on purpose: at exit its threads sleep and hold nothing. A forked child
+  // has none of its parent's threads, so it starts a pool of its own.
+  static Pool& instance() {
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { current() = new Pool; });
+    (void)registered;
+    return *current();
+  }
+
+  void run(int threads, int64_t count, const std::function<void(int64_t, int)>& task) {
+    std::unique_lock<std::mutex> only(busy_, std::try_to_lock);
+    if (!only || threads <= 1 || count <= 1) {
+      for (int64_t i = 0; i < count; i++) task(i, 0);
+      return;
+    }
+    const int helpers = static_cast<int>(std::min<int64_t>(threads, count)) - 1;
+    {
+      std::lock_guard<std::mutex> guard(mutex_);
+      while (static_cast<int>(workers_.size()) < helpers) {
+        const int slot = static_cast<int>(workers_.size()) + 1;
+        workers_.emplace_back([this, slot, seen = epoch_] { work(slot, seen); });
+      }
+      task_ = &task;
+      count_ = count;
+      next_.store(0, std::memory_order_relaxed);
+      helpers_ = running_ = helpers;
+      epoch_++;
+    }
+    wake_.notify_all();
+    drain(task, count, 0);
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+  }
+
+ private:
+  static Pool*& current() {
+    static Pool* pool = new Pool;
+    return pool;
+  }
+
+  void drain(const std::function<void(int64_t, int)>& task, int64_t count, int slot) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(i, slot);
+  }
+
+  void work(int slot, uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return epoch_ != seen; });
+      seen = epoch_;
+      if (slot > helpers_) continue;
+      const auto* task = task_;
+      const int64_t count = count_;
+      lock.unlock();
+      drain(*task, count, slot);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  std::atomic<int64_t> next_{0};
+  const std::function<void(int64_t, int)>* task_ = nullptr;
+  int64_t count_ = 0;
+  int helpers_ = 0, running_ = 0;
+  uint64_t epoch_ = 0;
+};
+
+}  // namespace
+
+void parallel_for(int threads, int64_t count, const std::function<void(int64_t, int)>& task) {
+  Pool::instance().run(threads, count, task);
+}
+
+}  // namespace ncfast

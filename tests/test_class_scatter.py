@@ -1,0 +1,221 @@
+"""class_scatter: every instruction set this machine has against the float64 reference."""
+
+import pytest
+import torch
+
+import ncfast
+from ncfast.ops import dispatch
+from ncfast.ops.class_scatter import class_scatter
+
+_cpu = pytest.importorskip("ncfast._cpu")
+
+ISAS = _cpu.bodies("class_scatter")
+UNIT = 2.0**-24  # float32 rounding unit
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+SHAPES = [  # N, p, C
+    (0, 3, 2),  # no rows at all
+    (1, 1, 1),  # the smallest
+    (2, 1, 3),  # more classes than rows
+    (31, 15, 2),  # one below a group of rows and a vector
+    (33, 17, 5),  # one above both
+    (64, 16, 1),  # exact multiples; one class spans strips
+    (65, 31, 4),  # an odd p, one row in the second strip
+    (100, 33, 7),
+    (257, 95, 300),  # C > p, most classes absent or of one sample
+    (300, 97, 3),  # one above two register tiles of every instruction set
+    (1100, 193, 11),  # one above a tile of the multiply stage, and more than one block of rows
+    (2100, 260, 2),  # a class longer than a block
+    (20_000, 5, 3),  # more than one block of the streaming pass
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch):
+    monkeypatch.setenv("NCFAST_CPU_ISA", request.param)
+    assert _cpu.isa("class_scatter") == request.param
+    return request.param
+
+
+def sample(N, p, C, dtype=torch.float32, seed=0):
+    """Features [N, p], labels [N] with about one in seven ignored, and a shift [C, p] near the means."""
+    generator = torch.Generator().manual_seed(seed)
+    means = 3 + torch.randn(C, p, generator=generator)
+    labels = torch.randint(0, C, (N,), generator=generator)
+    features = (means[labels] + torch.randn(N, p, generator=generator)).to(dtype)
+    labels[torch.rand(N, generator=generator) < 0.15] = -100
+    return features, labels, means + 0.5 * torch.randn(C, p, generator=generator)
+
+
+def on_cpu(*arguments, **options):
+    with ncfast.use_backend("cpu"), dispatch.record() as ran:
+        result = class_scatter(*arguments, **options)
+    assert ran == [("class_scatter", "cpu")]
+    return result
+
+
+def on_reference(*arguments, **options):
+    with ncfast.use_backend("reference"):
+        return class_scatter(*arguments, **options)
+
+
+def product_unit(isa, precision, dtype):
+    """The rounding unit of one product: two bfloat16 keep 16 bits and drop lo·lo, one keeps 8."""
+    if dtype == torch.float64:
+        return 2.0**-53
+    if isa == "amx" and precision != "highest":
+        return {"high": 2.0**-15, "medium": 2.0**-7}[precision]
+    return UNIT
+
+
+def assert_close(result, truth, features, labels, shift, isa, precision):
+    """Every number within its rounding: unit × number of roundings × the sum of the magnitudes added."""
+    unit = 2.0**-53 if features.dtype == torch.float64 else UNIT
+    N, p = features.shape
+    kept = labels >= 0
+    y = labels[kept].long()
+    residuals = (features.double()[kept] - shift.to(torch.float64 if unit < UNIT else torch.float32)[y]).abs()
+    assert torch.equal(result.counts, truth.counts)
+    long = N * 2.0**-52  # of the float64 sums over N, here and in the reference
+    # 32 residuals, each rounded once, are added before float64 takes over.
+    magnitude = torch.zeros_like(truth.sums).index_add_(0, y, residuals)
+    assert ((result.sums - truth.sums).abs() <= (34 * unit + long) * magnitude).all()
+    assert ((result.sumsq - truth.sumsq).abs() <= ((p + 8) * unit + long) * truth.sumsq).all()
+    if truth.radii is not None:
+        assert torch.equal(result.radii.isnan(), ~kept)
+        assert ((result.radii - truth.radii)[kept].abs() <= (p + 8) * unit * truth.radii[kept]).all()
+    if truth.scatter is not None:
+        assert torch.equal(result.scatter, result.scatter.T)
+        per_product = product_unit(isa, precision, features.dtype) + min(N, 4096) * unit
+        assert ((result.scatter - truth.scatter).abs() <= per_product * (residuals.T @ residuals)).all()
+        diagonal = truth.scatter.diagonal()
+        assert ((result.scatter.diagonal() - diagonal).abs() <= (36 * unit + long) * diagonal).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(isa, shape, dtype):
+    data = sample(*shape, dtype)
+    truth = on_reference(*data, radii=True)
+    for precision in ("highest", "high", "medium"):
+        assert_close(on_cpu(*data, radii=True, precision=precision), truth, *data, isa, precision)
+    streamed = on_cpu(*data, radii=True, scatter=False)
+    assert streamed.scatter is None
+    assert_close(streamed, truth._replace(scatter=None), *data, isa, "high")
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.usefixtures("isa")
+def test_ignored_rows_are_never_read(scatter):
+    features, labels, shift = sample(200, 40, 5)
+    clean = on_cpu(features, labels, shift, radii=True, scatter=scatter)
+    features[labels == -100] = torch.nan
+    dirty = on_cpu(features, labels, shift, radii=True, scatter=scatter)
+    for a, b in zip(clean, dirty, strict=True):
+        assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+
+
+@pytest.mark.usefixtures("isa")
+def test_everything_ignored():
+    result = on_cpu(torch.full((50, 9), torch.nan), torch.full((50,), 7), torch.zeros(9, 9), ignore_index=7)
+    assert not result.counts.any()
+    assert not result.scatter.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views(isa, dtype):
+    """Rows apart, an offset that aligns nothing, every other column, one row many times, int32 labels."""
+    wide, labels, shift = sample(150, 61, 4, torch.float32)
+    wide = torch.cat([wide.new_full((150, 3), torch.nan), wide, wide.new_full((150, 2), torch.nan)], 1).to(
+        dtype
+    )
+    views = [
+        (wide[:, 3:64], labels, shift),
+        (wide[::2, 3:64], labels[::2], shift),
+        (wide[:, 3:64:2], labels.int(), shift[:, ::2]),
+        (wide[:1, 3:64].expand(150, 61), labels, shift),
+        (wide.T.contiguous().T[:, 3:64], labels, shift),
+    ]
+    for features, y, k in views:
+        result = on_cpu(features, y, k, radii=True, precision="highest")
+        assert_close(result, on_reference(features, y, k, radii=True), features, y, k, isa, "highest")
+
+
+@pytest.mark.usefixtures("isa")
+def test_float16_bits():
+    """All finite half-precision numbers, denormals and zeros among them, are widened exactly."""
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    halves = bits.view(torch.float16)
+    halves = halves[halves.isfinite()]
+    assert len(halves) == 2 * 31 * 1024
+    labels = torch.arange(len(halves))
+    shift = torch.zeros(len(halves), 1)
+    assert torch.equal(on_cpu(halves[:, None], labels, shift, scatter=False).sums[:, 0], halves.double())
+    packed = on_cpu(halves.reshape(-1, 32), labels[: len(halves) // 32], torch.zeros(len(halves) // 32, 32))
+    assert torch.equal(packed.sums, halves.double().reshape(-1, 32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.usefixtures("isa")
+def test_nonfinite(dtype, bad, scatter):
+    features, labels, shift = sample(90, 35, 3, dtype)
+    labels[77] = 2
+    for column in (0, 20, 34):
+        broken = features.clone()
+        broken[77, column] = bad
+        with pytest.raises(ValueError, match="row 77"):
+            on_cpu(broken, labels, shift, scatter=scatter)
+
+
+@pytest.mark.usefixtures("isa")
+def test_squares_that_overflow():
+    features, labels, shift = sample(90, 35, 3)
+    with pytest.raises(ValueError, match="overflow"):
+        on_cpu(features * 1e19, labels, shift)
+    on_cpu((features * 1e19).double(), labels, shift)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("shape", [(3000, 100, 7), (70_000, 3, 2)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_threads_do_not_change_a_bit(shape, precision):
+    data = sample(*shape)
+    before = torch.get_num_threads()
+    try:
+        for scatter in (True, False):
+            results = []
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                results.append(on_cpu(*data, radii=True, scatter=scatter, precision=precision))
+            for other in results[1:]:
+                for a, b in zip(results[0], other, strict=True):
+                    assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_forced_isa(monkeypatch):
+    data = sample(10, 3, 2)
+    monkeypatch.setenv("NCFAST_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match="mmx"):
+        on_cpu(*data)
+    for name, available in _cpu.isas():
+        monkeypatch.setenv("NCFAST_CPU_ISA", name)
+        if not available:
+            with pytest.raises(RuntimeError, match=name):
+                on_cpu(*data)
+
+
+def test_labels_out_of_range_are_left_out():
+    """Below the Python checks too: labels may change under the kernel's feet."""
+    from ncfast.ops.class_scatter import cpu
+
+    features, labels, shift = sample(64, 8, 3)
+    wild = labels.clone()
+    wild[::3] = torch.tensor([2**62, -(2**62), 3, -1, 2**31, 2**32, 2**32 + 1, -(2**32)]).repeat(3)[:22]
+    left_out = labels.clone()
+    left_out[::3] = -100
+    for a, b in zip(cpu.class_scatter(features, wild, shift), on_cpu(features, left_out, shift), strict=True):
+        assert a is b is None or torch.equal(a, b)
