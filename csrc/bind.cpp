@@ -42,7 +42,7 @@ const std::map<std::string, ncfast::Precision> kPrecisions = {{"highest", ncfast
 
 const std::map<std::string, std::vector<ncfast::Isa>> kBodies = {
 #if defined(__x86_64__)
-    {"class_scatter", {ncfast::Isa::portable, ncfast::Isa::avx2, ncfast::Isa::avx512}},
+    {"class_scatter", {ncfast::Isa::portable, ncfast::Isa::avx2, ncfast::Isa::avx512, ncfast::Isa::amx}},
 #else
     {"class_scatter", {ncfast::Isa::portable}},
 #endif

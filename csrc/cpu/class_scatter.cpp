@@ -255,25 +255,25 @@ class Pass {
   Panel panel_{};
 };
 
-}  // namespace
-
-const ScatterBody* scatter_body(Isa isa, Dtype dtype) {
+const ScatterBody* scatter_body(Isa isa, Dtype dtype, [[maybe_unused]] Precision precision) {
   switch (isa) {
-    case Isa::portable:
-      return scatter_body_portable(dtype);
 #if defined(__x86_64__)
     case Isa::avx2:
       return scatter_body_avx2(dtype);
     case Isa::avx512:
       return scatter_body_avx512(dtype);
+    case Isa::amx:
+      return scatter_body_amx(dtype, precision);
 #endif
     default:
-      return nullptr;
+      return scatter_body_portable(dtype);
   }
 }
 
+}  // namespace
+
 void class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll) {
-  const ScatterBody& body = *scatter_body(isa, call.dtype);
+  const ScatterBody& body = *scatter_body(isa, call.dtype, call.precision);
   if (call.dtype == Dtype::float64) {
     Pass<double>(call, body, threads, poll).run();
   } else {

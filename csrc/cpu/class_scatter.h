@@ -91,11 +91,11 @@ struct ScatterBody {
   void (*multiply)(const Panel&, int64_t I, int64_t J, double* scatter, char* scratch);
 };
 
-// Null when this build has no such body. float64 bodies ignore the precision.
-const ScatterBody* scatter_body(Isa isa, Dtype dtype);
+// To be called only where the instruction set is available. AMX multiplies bfloat16: "highest" and float64
+// are left to AVX-512.
 const ScatterBody* scatter_body_portable(Dtype dtype);
 const ScatterBody* scatter_body_avx2(Dtype dtype);
 const ScatterBody* scatter_body_avx512(Dtype dtype);
-const ScatterBody* scatter_body_amx(Dtype dtype);
+const ScatterBody* scatter_body_amx(Dtype dtype, Precision precision);
 
 }  // namespace ncfast

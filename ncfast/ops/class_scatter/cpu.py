@@ -45,7 +45,7 @@ def add(
     symmetric: bool = True,
 ) -> None:
     """Add to `result` in place; without `symmetric` what is below the scatter's diagonal is left as it is."""
-    from ncfast import _cpu
+    import ncfast._cpu as _cpu
 
     if features.shape[1] > 1 and features.stride(1) != 1:
         features = features.contiguous()

@@ -1,0 +1,263 @@
+// class_scatter on AMX: residuals as one or two bfloat16, multiplied by 16 x 16 tiles into float32.
+//
+// "high" writes d = hi + lo and adds hi hi' + hi lo' + lo hi'; "medium" adds hi hi' alone. A tile product
+// takes 32 rows of the block, its left factor with the rows along each line, its right factor with the rows
+// in interleaved pairs: as 32-bit words, one is the other transposed. The panel holds both, [2: left,
+// right][padded / 16][stride / 32][1 or 2: hi, lo] tiles of 1 KiB.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/class_scatter.h"
+
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
+
+namespace ncfast {
+namespace {
+
+constexpr int64_t kTileBytes = 1024;
+constexpr int kSide = 16;         // columns of a tile
+constexpr int kPair = 2 * kSide;  // columns of a register tile
+
+struct BFloat16 {};
+struct Float16 {};
+
+int parts(Precision precision) { return precision == Precision::high ? 2 : 1; }
+
+size_t element(Precision precision) { return 2 * sizeof(uint16_t) * parts(precision); }
+
+__m512 load(const char* row, int64_t column, __mmask16 mask, float) {
+  return _mm512_maskz_loadu_ps(mask, row + column * 4);
+}
+
+__m512 load(const char* row, int64_t column, __mmask16 mask, BFloat16) {
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, row + column * 2);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+__m512 load(const char* row, int64_t column, __mmask16 mask, Float16) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row + column * 2));
+}
+
+void add_to(double* sums, __m512 values, __mmask16 mask) {
+  const __mmask8 low = mask, high = mask >> 8;
+  const __m512d first = _mm512_cvtps_pd(_mm512_castps512_ps256(values));
+  const __m512d second = _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1));
+  _mm512_mask_storeu_pd(sums, low, _mm512_add_pd(_mm512_maskz_loadu_pd(low, sums), first));
+  _mm512_mask_storeu_pd(sums + 8, high, _mm512_add_pd(_mm512_maskz_loadu_pd(high, sums + 8), second));
+}
+
+// Stores the transpose of 16 x 16 words: pairs, then quadruples of lines are interleaved within the 128-bit
+// lanes, then the lanes are exchanged.
+void store_transposed(const __m512i line[kSide], char* out) {
+  __m512i pairs[kSide], lanes[kSide];
+  for (int i = 0; i < 16; i += 4) {
+    pairs[i] = _mm512_unpacklo_epi32(line[i], line[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(line[i], line[i + 1]);
+    pairs[i + 2] = _mm512_unpacklo_epi32(line[i + 2], line[i + 3]);
+    pairs[i + 3] = _mm512_unpackhi_epi32(line[i + 2], line[i + 3]);
+  }
+  // lanes[4 m + n]: lane l holds column 4 l + n of lines 4 m to 4 m + 3.
+  for (int i = 0; i < 16; i += 4) {
+    lanes[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    lanes[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    lanes[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    lanes[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  for (int n = 0; n < 4; n++) {
+    const __m512i even_low = _mm512_shuffle_i32x4(lanes[n], lanes[4 + n], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(lanes[n], lanes[4 + n], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(lanes[8 + n], lanes[12 + n], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(lanes[8 + n], lanes[12 + n], 0xdd);
+    _mm512_store_si512(out + n * 64, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+    _mm512_store_si512(out + (4 + n) * 64, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    _mm512_store_si512(out + (8 + n) * 64, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+    _mm512_store_si512(out + (12 + n) * 64, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+}
+
+template <class Feature, bool Split>
+void pack_as(const Group& group, int64_t row, const Panel& panel, double* column_squares, float* squares) {
+  constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
+  constexpr int64_t kFeature = sizeof(Feature) == 1 ? 2 : sizeof(Feature);
+  const int64_t steps = panel.stride / kGroup, pieces = panel.padded / kSide;
+  char* left = panel.data + row / kGroup * kBytes;
+  char* right = left + pieces * steps * kBytes;
+  // Of two vectors packed to bfloat16, the first into the lower half: a0 b0 a1 b1 ...
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  __m512 square[kGroup];
+  for (__m512& s : square) s = _mm512_setzero_ps();
+  for (int64_t j = 0; j < panel.padded; j += kSide, left += steps * kBytes, right += steps * kBytes) {
+    const int64_t remaining = panel.p - j;
+    const __mmask16 mask = remaining >= kSide ? 0xffff : remaining <= 0 ? 0 : (1 << remaining) - 1;
+    if (!mask) {
+      std::memset(left, 0, kBytes);
+      std::memset(right, 0, kBytes);
+      continue;
+    }
+    __m512 total = _mm512_setzero_ps(), columns = _mm512_setzero_ps();
+    const auto residual = [&](int i) {
+      const __m512 k = _mm512_maskz_loadu_ps(mask, group.shift[i] + j * 4);
+      const __m512 d = _mm512_sub_ps(load(group.features[i], j, mask, Feature{}), k);
+      _mm_prefetch(group.next[i] + j * kFeature, _MM_HINT_T1);
+      const __m512 dd = _mm512_mul_ps(d, d);
+      columns = _mm512_add_ps(columns, dd);
+      square[i] = _mm512_add_ps(square[i], dd);
+      total = _mm512_add_ps(total, d);
+      if (group.last[i]) {
+        add_to(group.sums[i] + j, total, mask);
+        total = _mm512_setzero_ps();
+      }
+      return d;
+    };
+    __m512i high[kSide], low[kSide];
+    for (int q = 0; q < kSide; q++) {
+      const __m512 d0 = 2 * q < group.rows ? residual(2 * q) : _mm512_setzero_ps();
+      const __m512 d1 = 2 * q + 1 < group.rows ? residual(2 * q + 1) : _mm512_setzero_ps();
+      high[q] = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(d1, d0));
+      if (Split) {
+        const __m512 h0 = _mm512_castsi512_ps(_mm512_slli_epi32(high[q], 16));
+        const __m512 h1 = _mm512_castsi512_ps(_mm512_and_si512(high[q], _mm512_set1_epi32(0xffff0000)));
+        const __m512bh rest = _mm512_cvtne2ps_pbh(_mm512_sub_ps(d1, h1), _mm512_sub_ps(d0, h0));
+        low[q] = _mm512_permutexvar_epi16(interleave, (__m512i)rest);
+      }
+    }
+    add_to(column_squares + j, columns, mask);
+    for (int q = 0; q < kSide; q++) _mm512_store_si512(right + q * 64, high[q]);
+    store_transposed(high, left);
+    if (Split) {
+      for (int q = 0; q < kSide; q++) _mm512_store_si512(right + kTileBytes + q * 64, low[q]);
+      store_transposed(low, left + kTileBytes);
+    }
+  }
+  for (int i = 0; i < group.rows; i++) squares[i] = _mm512_reduce_add_ps(square[i]);
+}
+
+template <class Feature>
+void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares, void* squares) {
+  const auto pack = panel.precision == Precision::high ? pack_as<Feature, true> : pack_as<Feature, false>;
+  pack(group, row, panel, column_squares, static_cast<float*>(squares));
+}
+
+struct alignas(64) TileConfiguration {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Adds the 32 x 32 floats of tiles 0 to 3 to the float64 scatter at (j, i).
+void flush(const Panel& panel, int64_t i, int64_t j, double* scatter, char* scratch) {
+  _tile_stored(0, scratch, 128);
+  _tile_stored(1, scratch + 64, 128);
+  _tile_stored(2, scratch + 16 * 128, 128);
+  _tile_stored(3, scratch + 16 * 128 + 64, 128);
+  const auto mask = [&](int64_t column) -> __mmask16 {
+    const int64_t remaining = panel.p - column;
+    return remaining >= kSide ? 0xffff : remaining <= 0 ? 0 : (1 << remaining) - 1;
+  };
+  const __mmask16 first = mask(i), second = mask(i + kSide);
+  for (int64_t line = 0; line < kPair && j + line < panel.p; line++) {
+    double* at = scatter + (j + line) * panel.p + i;
+    add_to(at, _mm512_load_ps(scratch + line * 128), first);
+    if (second) add_to(at + kSide, _mm512_load_ps(scratch + line * 128 + 64), second);
+  }
+}
+
+// Eight tile registers: four accumulators, two left and two right factors. The order lo-right, hi-right,
+// lo-left needs eight loads for twelve products.
+template <bool Split>
+void register_tile(const char* left, const char* right, int64_t piece, int64_t steps) {
+  constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < steps; k++, left += kBytes, right += kBytes) {
+    _tile_loadd(4, left, 64);
+    _tile_loadd(5, left + piece, 64);
+    if (Split) {
+      _tile_loadd(6, right + kTileBytes, 64);
+      _tile_loadd(7, right + piece + kTileBytes, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_loadd(6, right, 64);
+    _tile_loadd(7, right + piece, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    if (Split) {
+      _tile_loadd(4, left + kTileBytes, 64);
+      _tile_loadd(5, left + piece + kTileBytes, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+}
+
+constexpr int64_t kTile = 256;
+
+void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* scratch) {
+  const TileConfiguration configuration;
+  _tile_loadconfig(&configuration);
+  const bool split = panel.precision == Precision::high;
+  const int64_t bytes = kTileBytes * parts(panel.precision);
+  const int64_t piece = panel.stride / kGroup * bytes, steps = (panel.rows + kGroup - 1) / kGroup;
+  const char* left = panel.data;
+  const char* right = left + panel.padded / kSide * piece;
+  const int64_t rows_end = I + kTile < panel.padded ? I + kTile : panel.padded;
+  const int64_t columns_end = J + kTile < panel.padded ? J + kTile : panel.padded;
+  for (int64_t j = I; j < rows_end; j += kPair) {
+    for (int64_t i = I == J ? j : J; i < columns_end; i += kPair) {
+      (split ? register_tile<true> : register_tile<false>)(left + j / kSide * piece,
+                                                           right + i / kSide * piece, piece, steps);
+      flush(panel, i, j, scatter, scratch);
+    }
+  }
+  _tile_release();
+}
+
+template <class Feature>
+const ScatterBody* body(Dtype dtype) {
+  static const ScatterBody table = {
+      kPair, kTile, 1024, 4096, element, scatter_body_avx512(dtype)->stream, pack<Feature>, multiply};
+  return &table;
+}
+
+}  // namespace
+
+const ScatterBody* scatter_body_amx(Dtype dtype, Precision precision) {
+  if (precision == Precision::highest) return scatter_body_avx512(dtype);
+  switch (dtype) {
+    case Dtype::float32:
+      return body<float>(dtype);
+    case Dtype::bfloat16:
+      return body<BFloat16>(dtype);
+    case Dtype::float16:
+      return body<Float16>(dtype);
+    case Dtype::float64:
+      return scatter_body_avx512(dtype);
+  }
+  return nullptr;
+}
+
+}  // namespace ncfast
+
+#pragma GCC pop_options
+
+#endif
