@@ -1,0 +1,179 @@
+#include "cpu/affine_argmax.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/pool.h"
+
+namespace ncfast {
+namespace {
+
+// A block of rows is scored against one rule after the other: it should stay in the second-level cache, with
+// the classes that are streamed past it.
+constexpr int64_t kBlockBytes = 512 << 10;
+constexpr int64_t kMaxBlockRows = 256;
+constexpr int64_t kBlocksPerPoll = 256;
+
+struct Free {
+  void operator()(char* data) const { std::free(data); }
+};
+using Buffer = std::unique_ptr<char, Free>;
+
+Buffer allocate(size_t bytes) {
+  constexpr size_t kPage = 4096;
+  void* data = std::aligned_alloc(kPage, (bytes + kPage) / kPage * kPage);
+  if (!data) throw std::bad_alloc();
+  return Buffer(static_cast<char*>(data));
+}
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+size_t packed_bytes(const ArgmaxBody& body, int64_t rows, int64_t p, int level) {
+  return static_cast<size_t>(rows) * body.columns(p) * body.element * (level + 1);
+}
+
+// A rule as a body wants it, at one level.
+struct PackedRule {
+  int64_t classes;  // padded
+  Buffer panel;
+  std::vector<float> bias;
+  Norms largest = {0, 0, 0};
+  double largest_bias = 0, bias_slack = 0;
+
+  PackedRule(const AffineRule& rule, const ArgmaxBody& body, int64_t p, int level, int threads)
+      : classes(round_up(rule.C, body.classes)),
+        panel(allocate(packed_bytes(body, classes, p, level))),
+        bias(classes, -std::numeric_limits<float>::infinity()) {
+    const int64_t tasks = classes / body.classes;
+    std::vector<Norms> norms(tasks);
+    parallel_for(threads, tasks, [&](int64_t task, int) {
+      const int64_t first = task * body.classes;
+      char* out = panel.get() + packed_bytes(body, first, p, level);
+      body.pack_rule(rule.weight, rule.C, p, level, first, out, &norms[task]);
+    });
+    for (const Norms& n : norms) {
+      // fmax would forget a NaN; a NaN here makes every bound NaN, and no row decided.
+      largest.seen = n.seen <= largest.seen ? largest.seen : n.seen;
+      largest.residual = n.residual <= largest.residual ? largest.residual : n.residual;
+      largest.low = n.low <= largest.low ? largest.low : n.low;
+    }
+    largest.residual += rule.weight_slack;
+    bias_slack = rule.bias_slack;
+    for (int64_t c = 0; c < rule.C; c++) {
+      bias[c] = static_cast<float>(rule.bias[c]);
+      const double magnitude = std::abs(rule.bias[c]);
+      largest_bias = magnitude <= largest_bias ? largest_bias : magnitude;
+    }
+  }
+};
+
+// E of the header, rounded up.
+double error_bound(const Norms& row, const PackedRule& rule, double depth, int64_t p) {
+  constexpr double u = 1.0 / (1 << 24), kUnderflow = 0x1p-120;
+  const Norms& v = rule.largest;
+  const double rounding =
+      depth * u * (row.seen * v.seen + rule.largest_bias) + u * rule.largest_bias + rule.bias_slack;
+  const double error = row.residual * (v.seen + v.residual) + row.seen * v.residual + row.low * v.low + rounding;
+  return error * (1 + 1e-6) + (depth + p) * kUnderflow;
+}
+
+class Scorer {
+ public:
+  Scorer(const AffineArgmax& call, const ArgmaxBody& body, int threads, const std::function<void()>& poll)
+      : call_(call), body_(body), threads_(threads), poll_(poll) {}
+
+  // Decides the rows of the list, or all N where there is none, for the rules chosen.
+  void run(int level, const std::vector<int64_t>* list, const std::vector<const AffineRule*>& rules) {
+    const int64_t p = call_.p, count = list ? static_cast<int64_t>(list->size()) : call_.N;
+    if (count == 0) return;
+    std::vector<std::unique_ptr<PackedRule>> packed;
+    for (const AffineRule* rule : rules) {
+      packed.push_back(std::make_unique<PackedRule>(*rule, body_, p, level, threads_));
+    }
+    const int64_t fitting = kBlockBytes / static_cast<int64_t>(packed_bytes(body_, 1, p, level));
+    const int64_t rows = std::clamp(fitting / body_.rows, int64_t{1}, kMaxBlockRows / body_.rows) * body_.rows;
+    const int64_t blocks = (count + rows - 1) / rows;
+    const size_t block_bytes = packed_bytes(body_, rows, p, level);
+    const size_t slot_bytes = round_up(block_bytes, 4096) + round_up(body_.scratch(rows), 4096);
+    const int slots = static_cast<int>(std::min<int64_t>(threads_, blocks));
+    Buffer buffers = allocate(slot_bytes * slots);
+    const double depth = body_.depth(p, level);
+    for (int64_t start = 0; start < blocks; start += kBlocksPerPoll) {
+      parallel_for(slots, std::min(kBlocksPerPoll, blocks - start), [&](int64_t task, int slot) {
+        char* block = buffers.get() + slot * slot_bytes;
+        char* scratch = block + round_up(block_bytes, 4096);
+        const int64_t first = (start + task) * rows, filled = std::min(rows, count - first);
+        const int64_t padded = round_up(filled, body_.rows);
+        Norms norms[kMaxBlockRows];
+        TopTwo top[kMaxBlockRows];
+        int64_t row[kMaxBlockRows];
+        for (int64_t i = 0; i < padded; i++) {
+          const char* at = nullptr;
+          if (i < filled) {
+            row[i] = list ? (*list)[first + i] : first + i;
+            at = static_cast<const char*>(call_.features) + row[i] * call_.row_bytes;
+          }
+          body_.pack_row(at, call_.middle, p, level, i, block, &norms[i]);
+        }
+        for (size_t r = 0; r < rules.size(); r++) {
+          const PackedRule& rule = *packed[r];
+          body_.score(block, padded, rule.panel.get(), rule.bias.data(), rule.classes, p, level, scratch, top);
+          for (int64_t i = 0; i < filled; i++) {
+            const double margin = static_cast<double>(top[i].best) - top[i].second;
+            const bool decided = margin > 2 * error_bound(norms[i], rule, depth, p);
+            rules[r]->decided[row[i]] = decided;
+            rules[r]->index[row[i]] = decided ? top[i].index : 0;
+          }
+        }
+      });
+      poll_();
+    }
+  }
+
+ private:
+  const AffineArgmax& call_;
+  const ArgmaxBody& body_;
+  const int threads_;
+  const std::function<void()>& poll_;
+};
+
+}  // namespace
+
+const ArgmaxBody* argmax_body(Isa isa, Dtype dtype) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return argmax_body_avx2(dtype);
+    case Isa::avx512:
+      return argmax_body_avx512(dtype);
+    case Isa::amx:
+      return argmax_body_amx(dtype);
+#endif
+    default:
+      return argmax_body_portable(dtype);
+  }
+}
+
+void affine_argmax(const AffineArgmax& call, Isa isa, int threads, const std::function<void()>& poll) {
+  const ArgmaxBody& body = *argmax_body(isa, call.dtype);
+  Scorer scorer(call, body, threads, poll);
+  std::vector<const AffineRule*> all;
+  for (int r = 0; r < call.rules; r++) all.push_back(&call.rule[r]);
+  scorer.run(0, nullptr, all);
+  for (int level = 1; level < body.levels; level++) {
+    for (const AffineRule* rule : all) {
+      std::vector<int64_t> undecided;
+      for (int64_t i = 0; i < call.N; i++) {
+        if (!rule->decided[i]) undecided.push_back(i);
+      }
+      scorer.run(level, &undecided, {rule});
+    }
+  }
+}
+
+}  // namespace ncfast

@@ -1,0 +1,83 @@
+// affine_argmax on the CPU: argmax_c <v_c, h> + b_c for one or several rules, in one read of h, without ever
+// holding N x C scores; exact wherever it says so.
+//
+// A body scores blocks of rows in low precision and keeps each row's best two scores. With d = h - m the
+// centred features, x^ what the multiplication really saw of x, and E the bound below, |score - score^| <= E
+// for every class; so when best - second > 2 E the best class is the exact argmax, and the row is decided.
+// Rows that are not are scored again at the body's next level, and what is left is for the caller.
+//
+//   E = |d - d^| max|v| + |d^| max|v - v^| + |d_lo| max|v_lo| + depth u (|d^| max|v^| + max|b|) + underflow
+//
+// The norms are the actual ones, measured while packing: half of what the formats guarantee. The third term
+// is the product that level 1 leaves out; `depth` is the longest chain of additions a product goes through.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "cpu/class_scatter.h"
+
+namespace ncfast {
+
+struct AffineRule {
+  int64_t C;
+  const double* weight;  // [C, p] contiguous, rows centred by the caller
+  const double* bias;    // [C]: <v_c, m> included
+  double weight_slack;   // how far a row of `weight` may be from the exact one, in norm
+  double bias_slack;     // the same for an entry of `bias`
+
+  int64_t* index;  // [N] the decision, or for an undecided row some class in [0, C)
+  bool* decided;   // [N]
+};
+
+struct AffineArgmax {
+  int64_t N, p;
+  Dtype dtype;
+  const void* features;  // [N, p], columns contiguous
+  int64_t row_bytes;
+  const float* middle;  // [p] m
+  int rules;
+  const AffineRule* rule;
+};
+
+void affine_argmax(const AffineArgmax& call, Isa isa, int threads, const std::function<void()>& poll);
+
+// What the bound needs to know of a packed row, or the largest of it over the rows of a rule.
+struct Norms {
+  double seen;      // |x^|
+  double residual;  // |x - x^|
+  double low;       // |x_lo|: the part that meets its like in no product; 0 where every product is made
+};
+
+// The best two scores of one row over the classes of a rule.
+struct TopTwo {
+  float best, second;
+  int32_t index;
+};
+
+// What an instruction set contributes. Classes are padded to a multiple of `classes`, with weight 0 and bias
+// -infinity; rows of a block to a multiple of `rows`, with zeros.
+struct ArgmaxBody {
+  int levels;
+  int rows, classes;
+  int64_t (*columns)(int64_t p);              // p, padded
+  size_t element;                             // bytes per number of a packed block or rule, of level 0
+  double (*depth)(int64_t p, int level);
+  void (*pack_rule)(const double* weight, int64_t C, int64_t p, int level, int64_t first, char* panel,
+                    Norms* norms);            // the `classes` classes from `first`
+  void (*pack_row)(const char* features, const float* middle, int64_t p, int level, int64_t row, char* block,
+                   Norms* norms);             // features null: a row of zeros
+  void (*score)(const char* block, int64_t rows, const char* panel, const float* bias, int64_t classes,
+                int64_t p, int level, char* scratch, TopTwo* top);
+  size_t (*scratch)(int64_t rows);
+};
+
+// Null when this build has no such body.
+const ArgmaxBody* argmax_body(Isa isa, Dtype dtype);
+const ArgmaxBody* argmax_body_portable(Dtype dtype);
+const ArgmaxBody* argmax_body_avx2(Dtype dtype);
+const ArgmaxBody* argmax_body_avx512(Dtype dtype);
+const ArgmaxBody* argmax_body_amx(Dtype dtype);
+
+}  // namespace ncfast

@@ -1,0 +1,124 @@
+// The bodies of affine_argmax that score in float32 with vector FMAs, once for every vector width. Included
+// like class_scatter_vector.h, and after it.
+//
+// Block: rows of float32, row-major. Panel: per group of A vectors of classes, [p][A * W].
+
+template <class Feature, int W, int A, int R>
+struct FloatArgmax {
+  using V = Vec<float, W>;
+  using I = Vec<int32_t, W>;
+  static constexpr int kClasses = A * W;
+
+  static int64_t columns(int64_t p) { return p; }
+
+  // A score is one chain of p FMAs that begins with the bias.
+  static double depth(int64_t p, int) { return static_cast<double>(p) + 2; }
+
+  static void pack_rule(const double* weight, int64_t C, int64_t p, int, int64_t first, char* panel,
+                        Norms* norms) {
+    float* out = reinterpret_cast<float*>(panel);
+    *norms = {0, 0, 0};
+    for (int64_t c = 0; c < kClasses; c++) {
+      double seen = 0, residual = 0;
+      for (int64_t j = 0; j < p; j++) {
+        const double exact = first + c < C ? weight[(first + c) * p + j] : 0;
+        const float rounded = static_cast<float>(exact);
+        out[j * kClasses + c] = rounded;
+        seen += static_cast<double>(rounded) * rounded;
+        residual += (exact - rounded) * (exact - rounded);
+      }
+      norms->seen = std::sqrt(seen) <= norms->seen ? norms->seen : std::sqrt(seen);
+      norms->residual = std::sqrt(residual) <= norms->residual ? norms->residual : std::sqrt(residual);
+    }
+  }
+
+  static void pack_row(const char* features, const float* middle, int64_t p, int, int64_t row, char* block,
+                       Norms* norms) {
+    float* out = reinterpret_cast<float*>(block) + row * p;
+    if (!features) {
+      std::memset(out, 0, p * sizeof(float));
+      return;
+    }
+    const double norm = centre<Feature, W>(features, middle, p, out);
+    *norms = {norm, kRounded * norm, 0};
+  }
+
+  static size_t scratch(int64_t rows) { return static_cast<size_t>(rows) * 3 * sizeof(V); }
+
+  // Running best two per lane.
+  struct Lanes {
+    V best, second;
+    I index;
+  };
+
+  static void tile(const float* block, int64_t p, const float* panel, const float* bias, int32_t first,
+                   Lanes* lanes) {
+    V total[R][A];
+    for (int a = 0; a < A; a++) {
+      V start;
+      std::memcpy(&start, bias + a * W, sizeof start);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) total[r][a] = start;
+    }
+    for (int64_t j = 0; j < p; j++) {
+      V v[A];
+#pragma GCC unroll 4
+      for (int a = 0; a < A; a++) std::memcpy(&v[a], panel + j * kClasses + a * W, sizeof(V));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) {
+        const V factor = V{} + block[r * p + j];
+#pragma GCC unroll 4
+        for (int a = 0; a < A; a++) total[r][a] += v[a] * factor;
+      }
+    }
+    I lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    for (int a = 0; a < A; a++) {
+      const I index = lane + (first + a * W);
+      for (int r = 0; r < R; r++) update(lanes[r], total[r][a], index);
+    }
+  }
+
+  static void update(Lanes& lanes, const V& score, const I& index) {
+    const I better = score > lanes.best;
+    const V loser = better ? lanes.best : score;
+    lanes.second = loser > lanes.second ? loser : lanes.second;
+    lanes.best = better ? score : lanes.best;
+    lanes.index = better ? index : lanes.index;
+  }
+
+  static void score(const char* block, int64_t rows, const char* panel, const float* bias, int64_t classes,
+                    int64_t p, int, char* scratch, TopTwo* top) {
+    Lanes* lanes = reinterpret_cast<Lanes*>(scratch);
+    const V nothing = V{} - __builtin_inff();
+    for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, I{}};
+    const float* data = reinterpret_cast<const float*>(block);
+    const float* rule = reinterpret_cast<const float*>(panel);
+    for (int64_t c = 0; c < classes; c += kClasses) {
+      for (int64_t i = 0; i < rows; i += R) {
+        tile(data + i * p, p, rule + c * p, bias + c, static_cast<int32_t>(c), lanes + i);
+      }
+    }
+    for (int64_t i = 0; i < rows; i++) top[i] = reduce(lanes[i]);
+  }
+
+  static TopTwo reduce(const Lanes& lanes) {
+    TopTwo top = {lanes.best[0], lanes.second[0], lanes.index[0]};
+    for (int i = 1; i < W; i++) {
+      if (lanes.best[i] > top.best) {
+        top.second = top.best > lanes.second[i] ? top.best : lanes.second[i];
+        top.best = lanes.best[i];
+        top.index = lanes.index[i];
+      } else if (lanes.best[i] > top.second) {
+        top.second = lanes.best[i];
+      }
+    }
+    return top;
+  }
+
+  static const ArgmaxBody* body() {
+    static const ArgmaxBody table = {1,         R,        kClasses, columns, sizeof(float), depth,
+                                     pack_rule, pack_row, score,    scratch};
+    return &table;
+  }
+};
