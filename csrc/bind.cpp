@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/affine_argmax.h"
 #include "cpu/class_scatter.h"
 #include "cpu/isa.h"
 
@@ -40,13 +41,14 @@ const std::map<std::string, ncfast::Precision> kPrecisions = {{"highest", ncfast
                                                               {"high", ncfast::Precision::high},
                                                               {"medium", ncfast::Precision::medium}};
 
-const std::map<std::string, std::vector<ncfast::Isa>> kBodies = {
 #if defined(__x86_64__)
-    {"class_scatter", {ncfast::Isa::portable, ncfast::Isa::avx2, ncfast::Isa::avx512, ncfast::Isa::amx}},
+const std::vector<ncfast::Isa> kEvery = {ncfast::Isa::portable, ncfast::Isa::avx2, ncfast::Isa::avx512,
+                                         ncfast::Isa::amx};
 #else
-    {"class_scatter", {ncfast::Isa::portable}},
+const std::vector<ncfast::Isa> kEvery = {ncfast::Isa::portable};
 #endif
-};
+const std::map<std::string, std::vector<ncfast::Isa>> kBodies = {{"class_scatter", kEvery},
+                                                                 {"affine_argmax", kEvery}};
 
 ncfast::Isa selected(const std::string& operation) { return ncfast::select(named(kBodies, operation)); }
 
@@ -93,6 +95,28 @@ void class_scatter(Address features, const std::string& dtype, int64_t N, int64_
   ncfast::class_scatter(call, isa, threads, Interruptible());
 }
 
+void affine_argmax(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
+                   Address middle, const std::vector<py::dict>& rules, int threads) {
+  std::vector<ncfast::AffineRule> rule;
+  for (const py::dict& r : rules) {
+    rule.push_back({r["C"].cast<int64_t>(), at<double>(r["weight"].cast<Address>()),
+                    at<double>(r["bias"].cast<Address>()), r["weight_slack"].cast<double>(),
+                    r["bias_slack"].cast<double>(), at<int64_t>(r["index"].cast<Address>()),
+                    at<bool>(r["decided"].cast<Address>())});
+  }
+  const ncfast::AffineArgmax call = {N,
+                                     p,
+                                     named(kDtypes, dtype),
+                                     at<void>(features),
+                                     row_bytes,
+                                     at<float>(middle),
+                                     static_cast<int>(rule.size()),
+                                     rule.data()};
+  const ncfast::Isa isa = selected("affine_argmax");
+  py::gil_scoped_release release;
+  ncfast::affine_argmax(call, isa, threads, Interruptible());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -121,4 +145,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("class_scatter", &class_scatter, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "labels"_a,
         "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "precision"_a, "counts"_a,
         "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "symmetric"_a, "threads"_a);
+  m.def("affine_argmax", &affine_argmax, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "middle"_a,
+        "rules"_a, "threads"_a);
 }

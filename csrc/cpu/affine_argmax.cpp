@@ -78,7 +78,8 @@ double error_bound(const Norms& row, const PackedRule& rule, double depth, int64
   const Norms& v = rule.largest;
   const double rounding =
       depth * u * (row.seen * v.seen + rule.largest_bias) + u * rule.largest_bias + rule.bias_slack;
-  const double error = row.residual * (v.seen + v.residual) + row.seen * v.residual + row.low * v.low + rounding;
+  const double error =
+      row.residual * (v.seen + v.residual) + row.seen * v.residual + row.low * v.low + rounding;
   return error * (1 + 1e-6) + (depth + p) * kUnderflow;
 }
 
@@ -96,7 +97,8 @@ class Scorer {
       packed.push_back(std::make_unique<PackedRule>(*rule, body_, p, level, threads_));
     }
     const int64_t fitting = kBlockBytes / static_cast<int64_t>(packed_bytes(body_, 1, p, level));
-    const int64_t rows = std::clamp(fitting / body_.rows, int64_t{1}, kMaxBlockRows / body_.rows) * body_.rows;
+    const int64_t rows =
+        std::clamp(fitting / body_.rows, int64_t{1}, kMaxBlockRows / body_.rows) * body_.rows;
     const int64_t blocks = (count + rows - 1) / rows;
     const size_t block_bytes = packed_bytes(body_, rows, p, level);
     const size_t slot_bytes = round_up(block_bytes, 4096) + round_up(body_.scratch(rows), 4096);
@@ -122,7 +124,8 @@ class Scorer {
         }
         for (size_t r = 0; r < rules.size(); r++) {
           const PackedRule& rule = *packed[r];
-          body_.score(block, padded, rule.panel.get(), rule.bias.data(), rule.classes, p, level, scratch, top);
+          body_.score(block, padded, rule.panel.get(), rule.bias.data(), rule.classes, p, level, scratch,
+                      top);
           for (int64_t i = 0; i < filled; i++) {
             const double margin = static_cast<double>(top[i].best) - top[i].second;
             const bool decided = margin > 2 * error_bound(norms[i], rule, depth, p);

@@ -61,13 +61,13 @@ struct TopTwo {
 struct ArgmaxBody {
   int levels;
   int rows, classes;
-  int64_t (*columns)(int64_t p);              // p, padded
-  size_t element;                             // bytes per number of a packed block or rule, of level 0
+  int64_t (*columns)(int64_t p);  // p, padded
+  size_t element;                 // bytes per number of a packed block or rule, of level 0
   double (*depth)(int64_t p, int level);
   void (*pack_rule)(const double* weight, int64_t C, int64_t p, int level, int64_t first, char* panel,
-                    Norms* norms);            // the `classes` classes from `first`
+                    Norms* norms);  // the `classes` classes from `first`
   void (*pack_row)(const char* features, const float* middle, int64_t p, int level, int64_t row, char* block,
-                   Norms* norms);             // features null: a row of zeros
+                   Norms* norms);  // features null: a row of zeros
   void (*score)(const char* block, int64_t rows, const char* panel, const float* bias, int64_t classes,
                 int64_t p, int level, char* scratch, TopTwo* top);
   size_t (*scratch)(int64_t rows);

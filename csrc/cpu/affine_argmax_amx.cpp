@@ -16,7 +16,8 @@
 #include "cpu/affine_argmax.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
 
 namespace ncfast {
 namespace {
@@ -24,8 +25,6 @@ namespace {
 struct BFloat16 {};
 struct Float16 {};
 
-#include "cpu/class_scatter_vector.h"
-#include "cpu/centre.h"
 #include "cpu/affine_argmax_vector.h"
 
 constexpr int kTile = 1024, kSide = 32;
@@ -107,7 +106,7 @@ struct TileArgmax {
     if constexpr (std::is_same_v<Feature, double>) {
       const auto wide =
           load<double, double, 16>(features, j, count) - __builtin_convertvector(m, Vec<double, 16>);
-      return (__m512)__builtin_convertvector(wide, Vec<float, 16>);
+      return (__m512) __builtin_convertvector(wide, Vec<float, 16>);
     } else {
       return (__m512)(load<Feature, float, 16>(features, j, count) - m);
     }
@@ -182,7 +181,7 @@ struct TileArgmax {
     Lanes* lanes = reinterpret_cast<Lanes*>(scratch);
     float* scores = reinterpret_cast<float*>(scratch + rows * sizeof(Lanes));
     const Vec<float, 16> nothing = Vec<float, 16>{} - __builtin_inff();
-    for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, {}};
+    for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, Vec<int32_t, 16>{}};
     const int64_t steps = columns(p) / 32, bytes = steps * (level + 1) * kTile;
     Vec<int32_t, 16> lane;
     for (int i = 0; i < 16; i++) lane[i] = i;

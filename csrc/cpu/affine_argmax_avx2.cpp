@@ -17,8 +17,6 @@ namespace {
 struct BFloat16 {};
 struct Float16 {};
 
-#include "cpu/class_scatter_vector.h"
-#include "cpu/centre.h"
 #include "cpu/affine_argmax_vector.h"
 
 }  // namespace
