@@ -2,14 +2,16 @@
 
 import argparse
 import csv
+import importlib
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -30,16 +32,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if importlib.util.find_spec("rich") is None:
             raise ImportError("the command line needs rich: pip install 'ncfast[cli]'")
         arguments.run(arguments)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # The reader, `head` for one, has had enough: say nothing, now and when Python flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError) as error:
-        print("ncfast: error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        print("ncfast: error:", _message(error), file=sys.stderr)
         return 2
     return 0
 
 
+def _message(error: Exception) -> str:
+    """One line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"ncfast: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ncfast", description="Neural-collapse metrics for PyTorch.")
+    parser = _Parser(prog="ncfast", description="Neural-collapse metrics for PyTorch.")
     parser.add_argument("--version", action="version", version=f"ncfast {ncfast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -91,6 +111,10 @@ def _info(_: argparse.Namespace) -> None:
     facts.add_row("forced", dispatch.forced_backend() or "nothing")
     for backend in dispatch.BACKENDS:
         facts.add_row(backend, dispatch.unavailable(backend) or "installed")
+    isas = _isas()
+    if isas:
+        has = (f"{name} {'yes' if available else 'no'}" for name, available in isas)
+        facts.add_row("CPU instruction sets", ", ".join(has))
     console.print(facts)
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
@@ -98,10 +122,19 @@ def _info(_: argparse.Namespace) -> None:
         for operation in OPERATIONS:
             for backend, reason in dispatch.explain(operation, torch.empty(1, 1, device=device)):
                 style = "bold green" if reason == "runs" else ""
+                if backend == "cpu" and reason == "runs":
+                    reason += f" on {importlib.import_module('ncfast._cpu').isa(operation)}"
                 table.add_row(operation, backend, reason, style=style)
                 operation = ""
             table.add_section()
         console.print(table)
+
+
+def _isas() -> list[tuple[str, bool]]:
+    """The instruction sets that the C++ extension has bodies for, and whether this machine has them."""
+    if dispatch.unavailable("cpu") is not None:
+        return []
+    return importlib.import_module("ncfast._cpu").isas()
 
 
 def _measure(arguments: argparse.Namespace) -> None:

@@ -2,15 +2,27 @@
 
 import importlib.util
 import pickle
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 SUFFIXES = (".npz", ".npy", ".pt", ".pth", ".safetensors")
+
+# What numpy, zipfile and torch raise for bytes that are not what they should be (found by flipping bytes).
+_NUMPY_DAMAGE = (
+    *(ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+    NotImplementedError,  # a zip version or compression that zipfile does not know
+)
+_TORCH_DAMAGE = (
+    *(RuntimeError, ValueError, TypeError, EOFError, LookupError, AttributeError, AssertionError),
+    pickle.UnpicklingError,
+)
 
 
 def read_arrays(paths: Iterable[str | Path]) -> dict[str, np.ndarray | torch.Tensor]:
@@ -40,7 +52,7 @@ def read_arrays(paths: Iterable[str | Path]) -> dict[str, np.ndarray | torch.Ten
 def _read_npy(path: Path) -> dict[str, Any]:
     try:
         return {path.stem: np.lib.format.open_memmap(path, mode="r")}
-    except (ValueError, EOFError):
+    except _NUMPY_DAMAGE:
         raise ValueError(f"{path} is no .npy file of numbers, or is damaged") from None
 
 
@@ -50,7 +62,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
             members = archive.infolist()
         with np.load(path, allow_pickle=False) as loaded:
             return {member.filename.removesuffix(".npy"): _member(path, member, loaded) for member in members}
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError):
+    except _NUMPY_DAMAGE:
         raise ValueError(f"{path} is no .npz file of numbers, or is damaged") from None
 
 
@@ -60,9 +72,7 @@ def _member(path: Path, member: zipfile.ZipInfo, loaded: Any) -> np.ndarray:
         return loaded[member.filename.removesuffix(".npy")]
     with open(path, "rb") as file:
         file.seek(member.header_offset)
-        header = file.read(
-            30
-        )  # the local file header; the lengths of name and extra field are its last words
+        header = file.read(30)  # its last two words are the lengths of the name and the extra field
         file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), 1)
         version = np.lib.format.read_magic(file)
         read_header = {
@@ -74,7 +84,7 @@ def _member(path: Path, member: zipfile.ZipInfo, loaded: Any) -> np.ndarray:
         shape, fortran, dtype = read_header[version](file)
         if dtype.hasobject or 0 in shape:
             return loaded[member.filename.removesuffix(".npy")]
-        order = "F" if fortran else "C"
+        order: Literal["F", "C"] = "F" if fortran else "C"
         return np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order=order)
 
 
@@ -82,7 +92,7 @@ def _read_pt(path: Path) -> dict[str, Any]:
     try:
         # Only the format that torch writes since 1.6 can be mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):
+    except _TORCH_DAMAGE:
         raise ValueError(f"{path} is no .pt file of tensors, or is damaged") from None
     if isinstance(content, torch.Tensor):
         return {path.stem: content}

@@ -45,6 +45,22 @@ _PANELS = (
 )
 
 
+def zero_error_epochs(records: Sequence[Mapping[str, Any]]) -> tuple[int | None, int | None]:
+    """The first epoch of zero training error, and the first from which it stays zero to the end.
+
+    Error may return after its first zero, and may be there at the end: None for an epoch that is not. Epochs
+    whose `train_accuracy` is None are passed over.
+    """
+    known = [record for record in records if record["train_accuracy"] is not None]
+    first = next((record["epoch"] for record in known if record["train_accuracy"] == 1), None)
+    lasting = None
+    for record in reversed(known):
+        if record["train_accuracy"] != 1:
+            break
+        lasting = record["epoch"]
+    return first, lasting
+
+
 def plot_history(
     records: Sequence[Mapping[str, Any]], path: str | os.PathLike[str] | None = None, title: str | None = None
 ) -> "Figure":
@@ -72,7 +88,7 @@ def plot_history(
     if not records:
         raise ValueError("there are no records to plot")
     figure = Figure(figsize=(12, 6.6), layout="constrained")
-    zero_error = next((record["epoch"] for record in records if record["train_accuracy"] == 1), None)
+    zero_error, _ = zero_error_epochs(records)
     for panel, axes in zip(_PANELS, figure.subplots(2, 3, sharex=True).flat, strict=True):
         _draw(panel, axes, records)
         if zero_error is not None:
@@ -98,7 +114,7 @@ def _draw(panel: _Panel, axes: "Axes", records: Sequence[Mapping[str, Any]]) -> 
     epochs = [record["epoch"] for record in records]
     for name, color in panel.lines:
         values = [math.nan if record[name] is None else record[name] for record in records]
-        # A single epoch, or one between gaps, is no line: mark it.
+        # A single epoch is no line: mark it.
         axes.plot(epochs, values, color=color, linewidth=2, marker="." if len(epochs) == 1 else None)
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_ylabel(panel.label)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 import ncfast
 from ncfast import cli
 from ncfast.files import read_arrays
+from ncfast.ops import dispatch
 
 import oracle
 
@@ -135,6 +137,14 @@ def bad_files(folder):
         yield f"empty {suffix}", [f"empty.{suffix}"], f"empty.{suffix}"
     whole = (folder / "good.pt").read_bytes()
     (folder / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    np.savez_compressed(folder / "deflate.npz", features=np.arange(50_000.0).reshape(-1, 2))
+    raw = (folder / "deflate.npz").read_bytes()
+    (folder / "deflate.npz").write_bytes(raw[:2000] + b"\xff" * 2000 + raw[4000:])
+    yield "compressed bytes changed", ["deflate.npz"], "deflate.npz is no .npz file of numbers, or is damaged"
+    np.save(folder / "header.npy", features.numpy())
+    raw = (folder / "header.npy").read_bytes()
+    (folder / "header.npy").write_bytes(raw.replace(b"}", b"(", 1))
+    yield "a header that is no Python", ["header.npy"], "header.npy is no .npy file of numbers, or is damaged"
     yield "cut short", ["cut.pt"], "cut.pt is no .pt file"
     yield "missing", ["missing.npz"], "No such file"
     yield "a folder", ["."], "unknown format"
@@ -162,10 +172,13 @@ def test_errors_are_one_line_and_code_2(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [[], ["measure"], ["collapse"], ["measure", "x.pt", "--precision", "exact"]])
-def test_usage_errors_are_code_2(argv):
+def test_usage_errors_are_code_2(capsys, argv):
     with pytest.raises(SystemExit) as stopped:
         cli.main(argv)
     assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ncfast: error: ")
+    assert err.count("\n") == 1
 
 
 def test_ctrl_c_is_code_130(monkeypatch, arrays, tmp_path):
@@ -209,11 +222,35 @@ def test_info(capsys):
     assert out.count("runs") == len(cli.OPERATIONS)
 
 
+def test_info_names_the_instruction_set(capsys, monkeypatch):
+    extension = types.SimpleNamespace(
+        isas=lambda: [("portable", True), ("amx", False)], isa=lambda _: "portable"
+    )
+    monkeypatch.setitem(sys.modules, "ncfast._cpu", extension)
+    monkeypatch.setattr(dispatch, "unavailable", lambda _: None)
+    monkeypatch.setattr(dispatch, "explain", lambda *_: [("cpu", "runs"), ("reference", "available")])
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert "portable yes, amx no" in out
+    assert out.count("runs on portable") == len(cli.OPERATIONS)
+
+
+def test_a_closed_pipe_is_silent(tmp_path):
+    np.savez(tmp_path / "a.npz", features=np.eye(4, dtype="f4"), labels=np.arange(4) % 2)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ncfast", "measure", str(tmp_path / "a.npz"), "--json", "-"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_as_a_module_and_as_a_script(tmp_path):
     """Both spellings in a subprocess, from another folder, errors included."""
     np.savez(tmp_path / "a.npz", features=np.eye(4, dtype="f4"), labels=np.arange(4) % 2)
     script = os.path.join(os.path.dirname(sys.executable), "ncfast")
-    for command in ([sys.executable, "-m", "ncfast"], [script]):
+    # A checkout on PYTHONPATH, uninstalled, has no script.
+    for command in [[sys.executable, "-m", "ncfast"]] + ([[script]] if os.path.exists(script) else []):
         done = subprocess.run(
             [*command, "measure", "a.npz", "--csv", "-"],
             cwd=tmp_path,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ncfast.plotting import plot_history
+from ncfast.plotting import plot_history, zero_error_epochs
 
 FIELDS = (
     ("nc2_equinorm_means", "nc2_equinorm_classifier"),
@@ -69,6 +69,22 @@ def test_saved_picture_is_not_blank(tmp_path):
     picture = imread(tmp_path / "one.png")
     assert picture.shape[0] > 500
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 10
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "first", "lasting"),
+    [
+        ([0.5, 1.0, 1.0], 2, 2),
+        ([0.5, 1.0, 0.9, 1.0], 2, 4),  # the error returns once
+        ([1.0, 0.9], 1, None),
+        ([0.5, 0.9], None, None),
+        ([1.0], 1, 1),
+        ([0.5, 1.0, None, 1.0], 2, 2),  # an epoch that was not measured
+        ([None, None], None, None),
+    ],
+)
+def test_first_and_lasting_zero_error(accuracies, first, lasting):
+    assert zero_error_epochs(records(accuracies)) == (first, lasting)
 
 
 def test_nothing_to_plot():
