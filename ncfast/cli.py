@@ -120,12 +120,13 @@ def _info(_: argparse.Namespace) -> None:
     for device in devices:
         table = Table("operation", "backend", "", title=f"float32 features on {device}", title_justify="left")
         for operation in OPERATIONS:
+            shown = operation
             for backend, reason in dispatch.explain(operation, torch.empty(1, 1, device=device)):
                 style = "bold green" if reason == "runs" else ""
                 if backend == "cpu" and reason == "runs":
                     reason += f" on {importlib.import_module('ncfast._cpu').isa(operation)}"
-                table.add_row(operation, backend, reason, style=style)
-                operation = ""
+                table.add_row(shown, backend, reason, style=style)
+                shown = ""
             table.add_section()
         console.print(table)
 

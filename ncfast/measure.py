@@ -84,7 +84,7 @@ def measure(
     W = None if weight is None else _tensor(weight, "weight")
     b = None if bias is None else _tensor(bias, "bias")
     if num_classes is None:
-        num_classes = _largest_label(y, ignore_index) + 1 if W is None else len(W)
+        num_classes = _inferred_classes(y, ignore_index) if W is None else len(W)
     check_classifier(W, b, num_classes, h.shape[1], h.device)
     check_label_range(y, num_classes, ignore_index)
     if test is not None:
@@ -359,11 +359,18 @@ def _tensor(array: Array, name: str) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _largest_label(labels: torch.Tensor, ignore_index: int) -> int:
+def _inferred_classes(labels: torch.Tensor, ignore_index: int) -> int:
+    """The largest label + 1, unless that looks like one corrupt label that would ask for a huge [C, p]."""
     kept = labels[labels != ignore_index]
     if len(kept) == 0:
         raise ValueError("there are no labelled samples; pass num_classes or weight to measure an empty set")
-    return max(0, int(kept.max()))
+    num_classes = max(0, int(kept.max())) + 1
+    if num_classes > 1000 + 10 * len(labels):
+        raise ValueError(
+            f"the largest label is {num_classes - 1} among {len(labels)} samples; "
+            "pass num_classes if that is right"
+        )
+    return num_classes
 
 
 def _chunks(features: torch.Tensor, progress: bool, title: str) -> Iterable[slice]:

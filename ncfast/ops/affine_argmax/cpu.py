@@ -29,7 +29,7 @@ class _Rule(NamedTuple):
     bias: torch.Tensor  # [C] float64: b_c + ⟨v_c − v̄, m⟩, less their average
     weight_slack: float  # rounding of a row of the weight, in norm
     bias_slack: float  # rounding of a bias
-    index: torch.Tensor  # [N] int64
+    decisions: torch.Tensor  # [N] int64
     decided: torch.Tensor  # [N] bool
 
 
@@ -59,7 +59,7 @@ def affine_argmax(
                 "bias": rule.bias.data_ptr(),
                 "weight_slack": rule.weight_slack,
                 "bias_slack": rule.bias_slack,
-                "index": rule.index.data_ptr(),
+                "index": rule.decisions.data_ptr(),
                 "decided": rule.decided.data_ptr(),
             }
             for rule in about
@@ -68,7 +68,7 @@ def affine_argmax(
     )
     for rule, exact in zip(about, rules, strict=True):
         _decide_the_rest(features, middle, rule, exact)
-    return tuple(rule.index for rule in about)
+    return tuple(rule.decisions for rule in about)
 
 
 def _middle(features: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def _about(middle: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, N: in
         bias=(moved - level).contiguous(),
         weight_slack=unit * (longest + float(mean.norm())),
         bias_slack=unit * (middle.shape[0] + 8) * largest,
-        index=torch.empty(N, dtype=torch.int64),
+        decisions=torch.empty(N, dtype=torch.int64),
         decided=torch.empty(N, dtype=torch.bool),
     )
 
@@ -112,12 +112,12 @@ def _decide_the_rest(
         centred = h.double() - middle.double()
         norm = centred.norm(dim=1)
         if C == 1:
-            rule.index[rows] = 0
+            rule.decisions[rows] = 0
             continue
         best = torch.topk(torch.addmm(rule.bias, centred, rule.weight.T), 2)
         # p products and as many additions, each rounded by 2⁻⁵³; norms rounded as much again.
         bound = (p + 8) * 2.0**-52 * (norm * longest + largest) + norm * rule.weight_slack + rule.bias_slack
         decided = best.values[:, 0] - best.values[:, 1] > 2 * bound
-        rule.index[rows[decided]] = best.indices[decided, 0]
+        rule.decisions[rows[decided]] = best.indices[decided, 0]
         if not decided.all():
-            (rule.index[rows[~decided]],) = reference.affine_argmax(h[~decided], [exact])
+            (rule.decisions[rows[~decided]],) = reference.affine_argmax(h[~decided], [exact])
