@@ -68,10 +68,12 @@ class Interruptible {
       std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
 };
 
-void class_scatter(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
-                   Address labels, int label_size, int64_t label_bytes, int64_t ignore_index, Address shift,
-                   int64_t C, const std::string& precision, Address counts, Address sums, Address sumsq,
-                   Address scatter, Address radii, bool symmetric, int threads) {
+// Returns what class_scatter_update refuses, or "" for nothing; `update` chooses between the two.
+std::string class_scatter(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
+                          Address labels, int label_size, int64_t label_bytes, int64_t ignore_index,
+                          Address shift, int64_t C, const std::string& precision, Address counts,
+                          Address sums, Address sumsq, Address scatter, Address radii, int threads,
+                          bool update) {
   const ncfast::ClassScatter call = {N,
                                      p,
                                      C,
@@ -89,10 +91,21 @@ void class_scatter(Address features, const std::string& dtype, int64_t N, int64_
                                      at<double>(sumsq),
                                      at<double>(scatter),
                                      at<void>(radii),
-                                     symmetric};
+                                     !update};
   const ncfast::Isa isa = selected("class_scatter");
   py::gil_scoped_release release;
-  ncfast::class_scatter(call, isa, threads, Interruptible());
+  if (!update) {
+    ncfast::class_scatter(call, isa, threads, Interruptible());
+    return "";
+  }
+  switch (ncfast::class_scatter_update(call, at<void>(shift), isa, threads)) {
+    case ncfast::Refusal::label:
+      return "label";
+    case ncfast::Refusal::nonfinite:
+      return "nonfinite";
+    default:
+      return "";
+  }
 }
 
 void affine_argmax(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
@@ -144,7 +157,7 @@ PYBIND11_MODULE(_cpu, m) {
       "operation"_a, "The instruction sets that `operation` can run on here.");
   m.def("class_scatter", &class_scatter, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "labels"_a,
         "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "precision"_a, "counts"_a,
-        "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "symmetric"_a, "threads"_a);
+        "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "threads"_a, "update"_a);
   m.def("affine_argmax", &affine_argmax, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "middle"_a,
         "rules"_a, "threads"_a);
 }

@@ -6,10 +6,11 @@ import torch
 
 from ncfast.ops.class_scatter import (
     PRECISIONS,
+    ClassScatter,
+    accumulate,
     check_features,
     check_label_range,
     check_labels,
-    class_scatter,
     nonfinite_rows,
     shift_dtype,
 )
@@ -82,12 +83,24 @@ class ClassStatistics:
         """[C, p] float64: Σ(h − k_c)."""
         self.sumsq = zeros
         """[C] float64: Σ‖h − k_c‖²."""
-        self.scatter = zeros.new_zeros(dim, dim) if scatter else None
-        """[p, p] float64: Σ(h − k_y)(h − k_y)ᵀ; None without scatter."""
+        self._scatter = zeros.new_zeros(dim, dim) if scatter else None
+        self._upper_only = False  # what is below the diagonal of _scatter is out of date
         # Rows left out by nonfinite="skip"; and, on a GPU, rows to complain about at the next
         # synchronisation.
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._refused = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def scatter(self) -> torch.Tensor | None:
+        """[p, p] float64: Σ(h − k_y)(h − k_y)ᵀ; None without scatter."""
+        if self._scatter is not None and self._upper_only:
+            self._scatter.copy_(self._scatter.triu() + self._scatter.triu(1).T)
+        self._upper_only = False
+        return self._scatter
+
+    @scatter.setter
+    def scatter(self, value: torch.Tensor | None) -> None:
+        self._scatter, self._upper_only = value, False
 
     # ---- accumulation ----
 
@@ -124,34 +137,18 @@ class ClassStatistics:
                 features.double()
             )  # rounding a float64 shift would move the origin of the earlier batches
         labels, skipped, refused = self._screened(features, labels)
-        kept = labels != self.ignore_index
-        y = torch.where(kept, labels, 0)
-        overwritten = self._choose_shift(shift, features, y, kept)
-        try:
-            batch = class_scatter(
-                features,
-                labels,
-                shift,
-                scatter=self.scatter is not None,
-                radii=radii,
-                precision=self.precision,
-                ignore_index=self.ignore_index,
-            )
-        except BaseException:
-            if overwritten is not None:
-                shift[y] = overwritten
-            raise
+        distances = None
+        if radii:
+            distances = features.new_empty(features.shape[0], dtype=shift_dtype(features.dtype))
+        state = ClassScatter(self.counts, self.sums, self.sumsq, self._scatter, distances)
+        accumulate(state, features, labels, shift, precision=self.precision, ignore_index=self.ignore_index)
         self.shift = shift
-        self.counts += batch.counts
-        self.sums += batch.sums
-        self.sumsq += batch.sumsq
-        if self.scatter is not None:
-            self.scatter += cast(torch.Tensor, batch.scatter)
+        self._upper_only = True
         if skipped is not None:
             self._skipped += skipped
         if refused is not None:
             self._refused += refused
-        return batch.radii
+        return distances
 
     def merge(self, other: "ClassStatistics") -> "ClassStatistics":
         """Add the samples that `other` has seen, exactly as if both had seen all; returns self.
@@ -164,7 +161,7 @@ class ClassStatistics:
             ValueError: the two differ in num_classes, dim, device or in keeping the scatter.
 
         """
-        ours = (self.num_classes, self.dim, self.scatter is not None, self.counts.device)
+        ours = (self.num_classes, self.dim, self._scatter is not None, self.counts.device)
         theirs = (other.num_classes, other.dim, other.scatter is not None, other.counts.device)
         if ours != theirs:
             raise ValueError(f"cannot merge (num_classes, dim, scatter, device) {theirs} into {ours}")
@@ -175,7 +172,7 @@ class ClassStatistics:
         n = other.counts.double()
         d = torch.where(seen[:, None], other.shift.double() - shift.double(), 0.0)
         half = other.sums + 0.5 * n[:, None] * d  # s dᵀ + d sᵀ + n d dᵀ = half dᵀ + d halfᵀ
-        if self.scatter is not None:
+        if self._scatter is not None:
             moved = d.any(1)
             cross = half[moved].T @ d[moved]
             self.scatter += cast(torch.Tensor, other.scatter) + cross + cross.T
@@ -189,13 +186,12 @@ class ClassStatistics:
     def _checked(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         check_features(features)
         check_labels(labels, features)
-        labels = labels.long()
+        if labels.dtype != torch.int64:
+            labels = labels.long()
         if features.shape[1] != self.dim:
             raise ValueError(f"features must have shape [N, {self.dim}], got {list(features.shape)}")
         if features.device != self.counts.device:
             raise ValueError(f"features are on {features.device} but the state is on {self.counts.device}")
-        if not self._defers:
-            check_label_range(labels, self.num_classes, self.ignore_index)
         return features.detach(), labels
 
     def _screened(
@@ -203,7 +199,9 @@ class ClassStatistics:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Relabel the rows to leave out as ignored; count the skipped and the refused on the device."""
         if self.nonfinite == "error" and not self._defers:
-            return labels, None, None  # class_scatter raises, at no further cost
+            return labels, None, None  # accumulate raises, at no further cost
+        if not self._defers:
+            check_label_range(labels, self.num_classes, self.ignore_index)
         kept = labels != self.ignore_index
         outside = kept & ((labels < 0) | (labels >= self.num_classes))
         nonfinite = kept & ~outside & nonfinite_rows(features)
@@ -211,26 +209,6 @@ class ClassStatistics:
         if self.nonfinite == "skip":
             return labels, nonfinite.sum(), outside.sum()
         return labels, None, (outside | nonfinite).sum()
-
-    def _choose_shift(
-        self, shift: torch.Tensor, features: torch.Tensor, y: torch.Tensor, kept: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Write the first feature of every class without a shift into `shift`; return what stood in
-        `shift[y]`.
-
-        `y` has a class in range for every row. Rows of one class write the same value: their order does not
-        matter.
-        """
-        N = features.shape[0]
-        rows = torch.where(kept, torch.arange(N, device=y.device), N)
-        first = torch.full((self.num_classes,), N, device=y.device).scatter_reduce_(0, y, rows, "amin")
-        chosen = (first < N) & shift[:, 0].isnan()
-        if not self._defers and not chosen.any():
-            return None
-        source = features[first[y].clamp_(max=N - 1)].to(shift.dtype)
-        overwritten = shift[y]
-        shift[y] = torch.where(chosen[y][:, None], source, overwritten)
-        return overwritten
 
     @property
     def _defers(self) -> bool:
@@ -383,7 +361,7 @@ class ClassStatistics:
     def __repr__(self) -> str:
         return (
             f"ClassStatistics(num_classes={self.num_classes}, dim={self.dim}, "
-            f"num_samples={self.num_samples}, scatter={self.scatter is not None}, "
+            f"num_samples={self.num_samples}, scatter={self._scatter is not None}, "
             f"device='{self.counts.device}')"
         )
 

@@ -81,6 +81,15 @@ struct Carry {
       : p(p), columns(columns), sums(strips * p), column_squares(columns ? strips * p : 0), sumsq(strips) {}
 };
 
+// A sum of kChunk such squares stays finite, and with it the panel's products; a larger one counts as
+// infinite.
+template <class Real>
+double checked(Real square) {
+  constexpr Real kMost = std::numeric_limits<Real>::max() / kChunk;
+  return square <= kMost ? static_cast<double>(square)
+                         : square - square + std::numeric_limits<double>::infinity();
+}
+
 template <class Real>
 class Pass {
  public:
@@ -196,13 +205,6 @@ class Pass {
     carry.sumsq[strip] = carried_sumsq;
   }
 
-  // Sums of kChunk such squares stay finite, in the panel's products too.
-  static double checked(Real square) {
-    constexpr Real kMost = std::numeric_limits<Real>::max() / kChunk;
-    return square <= kMost ? static_cast<double>(square)
-                           : square - square + std::numeric_limits<double>::infinity();
-  }
-
   void add_carries(int64_t start, int64_t end, const Carry& carry, std::vector<double>& diagonal) {
     const int64_t p = call_.p, strips = (end - start + strip_ - 1) / strip_;
     for (int64_t strip = 0; strip < strips; strip++) {
@@ -279,6 +281,77 @@ void class_scatter(const ClassScatter& call, Isa isa, int threads, const std::fu
   } else {
     Pass<float>(call, body, threads, poll).run();
   }
+}
+
+namespace {
+
+template <class Real>
+Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
+  const ScatterBody& body = *scatter_body(isa, call.dtype, call.precision);
+  const int64_t p = call.p;
+  std::vector<int64_t> label(call.N);
+  for (int64_t i = 0; i < call.N; i++) {
+    label[i] = label_at(call, i);
+    if (label[i] == call.ignore_index) {
+      label[i] = -1;
+    } else if (label[i] < 0 || label[i] >= call.C) {
+      return Refusal::label;
+    }
+  }
+  // The labels as they are now, whatever another thread writes there meanwhile.
+  ClassScatter batch = call;
+  batch.labels = label.data();
+  batch.label_size = batch.label_bytes = sizeof(int64_t);
+  batch.ignore_index = -1;
+  std::vector<double> sums(p);
+  std::vector<Real> zeros(p), overwritten;
+  std::vector<Real*> chosen;
+  bool finite = true;
+  for (int64_t i = 0; i < call.N && finite; i++) {
+    if (label[i] < 0) continue;
+    Group group;
+    group.rows = 1;
+    group.features[0] = static_cast<const char*>(call.features) + i * call.row_bytes;
+    group.next[0] = static_cast<const char*>(call.features) + std::min(i + 1, call.N - 1) * call.row_bytes;
+    group.sums[0] = sums.data();
+    group.last[0] = true;
+    Real* k = shift + label[i] * p;
+    if (std::isnan(k[0])) {
+      // The sums of one row about zero are the row itself, whatever its dtype.
+      std::fill(sums.begin(), sums.end(), 0.0);
+      group.shift[0] = reinterpret_cast<const char*>(zeros.data());
+      Real square;
+      body.stream(group, p, &square);
+      chosen.push_back(k);
+      overwritten.insert(overwritten.end(), k, k + p);
+      std::copy(sums.begin(), sums.end(), k);
+    }
+    group.shift[0] = reinterpret_cast<const char*>(k);
+    Real square;
+    body.stream(group, p, &square);
+    finite = std::isfinite(checked(square));
+  }
+  const auto undo = [&] {
+    for (size_t c = 0; c < chosen.size(); c++) std::copy_n(&overwritten[c * p], p, chosen[c]);
+  };
+  if (!finite) {
+    undo();
+    return Refusal::nonfinite;
+  }
+  try {
+    class_scatter(batch, isa, threads, [] {});
+  } catch (...) {  // out of memory, before anything was added
+    undo();
+    throw;
+  }
+  return Refusal::none;
+}
+
+}  // namespace
+
+Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int threads) {
+  return call.dtype == Dtype::float64 ? update(call, static_cast<double*>(shift), isa, threads)
+                                      : update(call, static_cast<float*>(shift), isa, threads);
 }
 
 }  // namespace ncfast

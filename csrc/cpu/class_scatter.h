@@ -49,9 +49,13 @@ struct ClassScatter {
 // `poll` is called now and then on the calling thread and may throw, which leaves the outputs half written.
 void class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll);
 
-// True when every feature of the rows in use is finite and no squares would overflow: class_scatter then
-// succeeds. Reads the features, writes nothing.
-bool class_scatter_finite(const ClassScatter& call, Isa isa, int threads);
+enum class Refusal { none, label, nonfinite };
+
+// class_scatter for a small batch that must be added as a whole or not at all. Classes whose shift begins
+// with a NaN get their first feature as shift. Refuses, with every output and the shift bit for bit as they
+// were, a label outside [0, C) that is not ignore_index, and residuals that are not finite or whose squares
+// overflow. Reads the features twice: they should fit the cache.
+Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int threads);
 
 constexpr int kGroup = 32;
 

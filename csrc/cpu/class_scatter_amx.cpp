@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/class_scatter.h"
 
@@ -85,10 +86,33 @@ void store_transposed(const __m512i line[kSide], char* out) {
   }
 }
 
+// Fetches the rows of the following group into the second-level cache, one whole row after the other: pages
+// and the processor's own prefetchers prefer that to a line of each row in turn. The pack stage needs as much
+// time for kGroup lines as for one call of advance().
+class Prefetcher {
+ public:
+  Prefetcher(const Group& group, int64_t row_bytes)
+      : next_(group.next), row_bytes_(row_bytes), rows_(group.rows) {}
+
+  void advance() {
+    for (int lines = kGroup; lines > 0 && row_ < rows_;) {
+      for (; lines > 0 && byte_ < row_bytes_; lines--, byte_ += 64)
+        _mm_prefetch(next_[row_] + byte_, _MM_HINT_T1);
+      if (byte_ < row_bytes_) return;
+      byte_ = 0;
+      row_++;
+    }
+  }
+
+ private:
+  const char* const* next_;
+  int64_t row_bytes_, byte_ = 0;
+  int rows_, row_ = 0;
+};
+
 template <class Feature, bool Split>
 void pack_as(const Group& group, int64_t row, const Panel& panel, double* column_squares, float* squares) {
   constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
-  constexpr int64_t kFeature = sizeof(Feature) == 1 ? 2 : sizeof(Feature);
   const int64_t steps = panel.stride / kGroup, pieces = panel.padded / kSide;
   char* left = panel.data + row / kGroup * kBytes;
   char* right = left + pieces * steps * kBytes;
@@ -97,6 +121,7 @@ void pack_as(const Group& group, int64_t row, const Panel& panel, double* column
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   __m512 square[kGroup];
   for (__m512& s : square) s = _mm512_setzero_ps();
+  Prefetcher prefetcher(group, panel.p * (std::is_same_v<Feature, float> ? 4 : 2));
   for (int64_t j = 0; j < panel.padded; j += kSide, left += steps * kBytes, right += steps * kBytes) {
     const int64_t remaining = panel.p - j;
     const __mmask16 mask = remaining >= kSide ? 0xffff : remaining <= 0 ? 0 : (1 << remaining) - 1;
@@ -105,11 +130,11 @@ void pack_as(const Group& group, int64_t row, const Panel& panel, double* column
       std::memset(right, 0, kBytes);
       continue;
     }
+    prefetcher.advance();
     __m512 total = _mm512_setzero_ps(), columns = _mm512_setzero_ps();
     const auto residual = [&](int i) {
       const __m512 k = _mm512_maskz_loadu_ps(mask, group.shift[i] + j * 4);
       const __m512 d = _mm512_sub_ps(load(group.features[i], j, mask, Feature{}), k);
-      _mm_prefetch(group.next[i] + j * kFeature, _MM_HINT_T1);
       const __m512 dd = _mm512_mul_ps(d, d);
       columns = _mm512_add_ps(columns, dd);
       square[i] = _mm512_add_ps(square[i], dd);
@@ -155,34 +180,63 @@ struct alignas(64) TileConfiguration {
   uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Adds the 32 x 32 floats of tiles 0 to 3 to the float64 scatter at (j, i).
-void flush(const Panel& panel, int64_t i, int64_t j, double* scatter, char* scratch) {
-  _tile_stored(0, scratch, 128);
-  _tile_stored(1, scratch + 64, 128);
-  _tile_stored(2, scratch + 16 * 128, 128);
-  _tile_stored(3, scratch + 16 * 128 + 64, 128);
-  const auto mask = [&](int64_t column) -> __mmask16 {
-    const int64_t remaining = panel.p - column;
-    return remaining >= kSide ? 0xffff : remaining <= 0 ? 0 : (1 << remaining) - 1;
-  };
-  const __mmask16 first = mask(i), second = mask(i + kSide);
-  for (int64_t line = 0; line < kPair && j + line < panel.p; line++) {
-    double* at = scatter + (j + line) * panel.p + i;
-    add_to(at, _mm512_load_ps(scratch + line * 128), first);
-    if (second) add_to(at + kSide, _mm512_load_ps(scratch + line * 128 + 64), second);
+// The lines of the 32 x 32 float64 that a register tile is added to are asked for while it is multiplied.
+class Destination {
+ public:
+  Destination(const Panel& panel, int64_t i, int64_t j, double* scatter)
+      : at_(scatter + j * panel.p + i),
+        p_(panel.p),
+        lines_(panel.p - j < kPair ? panel.p - j : kPair),
+        columns_(panel.p - i < kPair ? panel.p - i : kPair) {}
+
+  void prefetch(int64_t line) const {
+    if (line >= lines_) return;
+    const char* from = reinterpret_cast<const char*>(at_ + line * p_);
+    for (int64_t byte = 0; byte < columns_ * 8; byte += 64) __builtin_prefetch(from + byte, 1, 2);
   }
+
+  void add(const char* floats) const {
+    const __mmask16 first = columns_ < kSide ? (1 << columns_) - 1 : 0xffff;
+    const __mmask16 second = columns_ <= kSide ? 0 : (1 << (columns_ - kSide)) - 1;
+    for (int64_t line = 0; line < lines_; line++, floats += kPair * 4) {
+      double* at = at_ + line * p_;
+      add_to(at, _mm512_load_ps(floats), first);
+      if (second) add_to(at + kSide, _mm512_load_ps(floats + kSide * 4), second);
+    }
+  }
+
+ private:
+  double* at_;
+  int64_t p_, lines_, columns_;
+};
+
+constexpr int64_t kLine = kPair * 4;  // bytes of a line of 32 floats
+
+void load_accumulators(const char* floats) {
+  _tile_loadd(0, floats, kLine);
+  _tile_loadd(1, floats + kLine / 2, kLine);
+  _tile_loadd(2, floats + kSide * kLine, kLine);
+  _tile_loadd(3, floats + kSide * kLine + kLine / 2, kLine);
+}
+
+void store_accumulators(char* floats) {
+  _tile_stored(0, floats, kLine);
+  _tile_stored(1, floats + kLine / 2, kLine);
+  _tile_stored(2, floats + kSide * kLine, kLine);
+  _tile_stored(3, floats + kSide * kLine + kLine / 2, kLine);
 }
 
 // Eight tile registers: four accumulators, two left and two right factors. The order lo-right, hi-right,
 // lo-left needs eight loads for twelve products.
 template <bool Split>
-void register_tile(const char* left, const char* right, int64_t piece, int64_t steps) {
+void register_tile(const char* left, const char* right, int64_t piece, int64_t steps,
+                   const Destination* destination) {
   constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
   for (int64_t k = 0; k < steps; k++, left += kBytes, right += kBytes) {
+    if (destination) {
+      for (int64_t line = k * kPair / steps; line < (k + 1) * kPair / steps; line++)
+        destination->prefetch(line);
+    }
     _tile_loadd(4, left, 64);
     _tile_loadd(5, left + piece, 64);
     if (Split) {
@@ -211,22 +265,42 @@ void register_tile(const char* left, const char* right, int64_t piece, int64_t s
 }
 
 constexpr int64_t kTile = 256;
+constexpr int64_t kSteps = 16;
 
+// The rows are taken kSteps tile products at a time, so that the panel's columns of one tile of the scatter,
+// both factors, stay in the second-level cache beside its float32 sums (scratch). Those go to the float64
+// scatter once a block.
 void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* scratch) {
   const TileConfiguration configuration;
   _tile_loadconfig(&configuration);
-  const bool split = panel.precision == Precision::high;
+  const auto register_tile_of =
+      panel.precision == Precision::high ? register_tile<true> : register_tile<false>;
   const int64_t bytes = kTileBytes * parts(panel.precision);
   const int64_t piece = panel.stride / kGroup * bytes, steps = (panel.rows + kGroup - 1) / kGroup;
   const char* left = panel.data;
   const char* right = left + panel.padded / kSide * piece;
   const int64_t rows_end = I + kTile < panel.padded ? I + kTile : panel.padded;
   const int64_t columns_end = J + kTile < panel.padded ? J + kTile : panel.padded;
-  for (int64_t j = I; j < rows_end; j += kPair) {
-    for (int64_t i = I == J ? j : J; i < columns_end; i += kPair) {
-      (split ? register_tile<true> : register_tile<false>)(left + j / kSide * piece,
-                                                           right + i / kSide * piece, piece, steps);
-      flush(panel, i, j, scatter, scratch);
+  for (int64_t step = 0; step < steps; step += kSteps) {
+    const bool first = step == 0, last = step + kSteps >= steps;
+    const int64_t count = last ? steps - step : kSteps;
+    char* floats = scratch;
+    for (int64_t j = I; j < rows_end; j += kPair) {
+      for (int64_t i = I == J ? j : J; i < columns_end; i += kPair, floats += kPair * kLine) {
+        const Destination destination(panel, i, j, scatter);
+        if (first) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        } else {
+          load_accumulators(floats);
+        }
+        register_tile_of(left + j / kSide * piece + step * bytes, right + i / kSide * piece + step * bytes,
+                         piece, count, last ? &destination : nullptr);
+        store_accumulators(floats);
+        if (last) destination.add(floats);
+      }
     }
   }
   _tile_release();
@@ -235,7 +309,8 @@ void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* s
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   static const ScatterBody table = {
-      kPair, kTile, 1024, 4096, element, scatter_body_avx512(dtype)->stream, pack<Feature>, multiply};
+      kPair,         kTile,   2048, kTile * kTile * 4, element, scatter_body_avx512(dtype)->stream,
+      pack<Feature>, multiply};
   return &table;
 }
 

@@ -1,7 +1,8 @@
 """class_scatter: counts, sums, sums of squares and the scatter matrix of every class, in one pass."""
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -109,6 +110,93 @@ def class_scatter(
     if features.device.type == "cpu" and not result.sumsq.isfinite().all():
         raise_for_nonfinite(features, labels, ignore_index)
     return result
+
+
+def accumulate(
+    state: ClassScatter,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    precision: str = "high",
+    ignore_index: int = -100,
+) -> None:
+    """Add a checked batch to `state` in place; a class whose shift begins with a NaN gets its first feature.
+
+    What raises leaves `state` and `shift` bit for bit as they were, `state.radii` apart: it belongs to the
+    batch and is overwritten. `state.scatter` need hold, and afterwards holds, no more than the diagonal and
+    what is above it. int64 or int32 labels, a contiguous `shift` of dtype `shift_dtype(features.dtype)`.
+
+    Raises:
+        ValueError: on the CPU, as `class_scatter` does for labels and features.
+
+    """
+    backend = dispatch.select("class_scatter", features)
+    in_place = getattr(sys.modules[backend.__module__], "accumulate", None)
+    if in_place is not None:
+        in_place(state, features, labels, shift, precision=precision, ignore_index=ignore_index)
+    else:
+        accumulate_by_adding(class_scatter, state, features, labels, shift, precision, ignore_index)
+
+
+def accumulate_by_adding(
+    run: Callable[..., ClassScatter],
+    state: ClassScatter,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    shift: torch.Tensor,
+    precision: str,
+    ignore_index: int,
+) -> None:
+    """Do what `accumulate` does through temporaries: `run` the operation, then add its result."""
+    if features.device.type == "cpu":
+        check_label_range(labels, shift.shape[0], ignore_index)
+    overwritten, y = _choose_shift(shift, features, labels, ignore_index)
+    try:
+        batch = run(
+            features,
+            labels,
+            shift,
+            scatter=state.scatter is not None,
+            radii=state.radii is not None,
+            precision=precision,
+            ignore_index=ignore_index,
+        )
+        if features.device.type == "cpu" and not batch.sumsq.isfinite().all():
+            raise_for_nonfinite(features, labels, ignore_index)
+    except BaseException:
+        if overwritten is not None:
+            shift[y] = overwritten
+        raise
+    state.counts.add_(batch.counts)
+    state.sums.add_(batch.sums)
+    state.sumsq.add_(batch.sumsq)
+    if state.scatter is not None and batch.scatter is not None:
+        state.scatter.add_(batch.scatter)
+    if state.radii is not None and batch.radii is not None:
+        state.radii.copy_(batch.radii)
+
+
+def _choose_shift(
+    shift: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, ignore_index: int
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Write the first feature of every class without a shift into `shift`; return what stood in `shift[y]`.
+
+    `y` has a class in range for every row. Rows of one class write the same value: their order does not
+    matter.
+    """
+    N = features.shape[0]
+    kept = labels != ignore_index
+    y = torch.where(kept, labels, 0).long()
+    rows = torch.where(kept, torch.arange(N, device=y.device), N)
+    first = torch.full((shift.shape[0],), N, device=y.device).scatter_reduce_(0, y, rows, "amin")
+    chosen = (first < N) & shift[:, 0].isnan()
+    if features.device.type == "cpu" and not chosen.any():
+        return None, y
+    source = features[first[y].clamp_(max=N - 1)].to(shift.dtype)
+    overwritten = shift[y]
+    shift[y] = torch.where(chosen[y][:, None], source, overwritten)
+    return overwritten, y
 
 
 def shift_dtype(features_dtype: torch.dtype) -> torch.dtype:

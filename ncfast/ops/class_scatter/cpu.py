@@ -2,7 +2,13 @@
 
 import torch
 
-from ncfast.ops.class_scatter import ClassScatter, shift_dtype
+from ncfast.ops.class_scatter import (
+    ClassScatter,
+    accumulate_by_adding,
+    check_label_range,
+    raise_for_nonfinite,
+    shift_dtype,
+)
 
 
 def refuses(features: torch.Tensor) -> str | None:
@@ -30,48 +36,69 @@ def class_scatter(
         scatter=torch.zeros(p, p, dtype=torch.float64) if scatter else None,
         radii=torch.empty(N, dtype=shift_dtype(features.dtype)) if radii else None,
     )
-    add(result, features, labels, shift, precision=precision, ignore_index=ignore_index)
+    _run(result, features, labels, shift, precision, ignore_index, update=False)
     return result
 
 
-def add(
+def accumulate(
+    state: ClassScatter,
+    features: torch.Tensor,  # [N, p]
+    labels: torch.Tensor,  # [N]
+    shift: torch.Tensor,  # [C, p]
+    *,
+    precision: str = "high",
+    ignore_index: int = -100,
+) -> None:
+    """Add a batch to `state` in place; see `ncfast.ops.class_scatter.accumulate`."""
+    if features.shape[0] > 2 * max(shift.shape):
+        # Temporaries the size of the state now cost less than reading the features twice.
+        accumulate_by_adding(class_scatter, state, features, labels, shift, precision, ignore_index)
+        return
+    refusal = _run(state, features, labels, shift, precision, ignore_index, update=True)
+    if refusal == "label":
+        check_label_range(labels, shift.shape[0], ignore_index)
+    if refusal == "nonfinite":
+        raise_for_nonfinite(features, labels, ignore_index)
+
+
+def _run(
     result: ClassScatter,
     features: torch.Tensor,
     labels: torch.Tensor,
     shift: torch.Tensor,
-    *,
     precision: str,
     ignore_index: int,
-    symmetric: bool = True,
-) -> None:
-    """Add to `result` in place; without `symmetric` what is below the scatter's diagonal is left as it is."""
+    update: bool,
+) -> str:
     import ncfast._cpu as _cpu
 
     if features.shape[1] > 1 and features.stride(1) != 1:
         features = features.contiguous()
-    shift = shift.contiguous()
+    if not update:
+        shift = shift.contiguous()
     N, p = features.shape
-    _cpu.class_scatter(
-        features=features.data_ptr(),
-        dtype=_name(features.dtype),
-        N=N,
-        p=p,
-        row_bytes=features.stride(0) * features.element_size(),
-        labels=labels.data_ptr(),
-        label_size=labels.element_size(),
-        label_bytes=labels.stride(0) * labels.element_size(),
-        ignore_index=ignore_index,
-        shift=shift.data_ptr(),
-        C=shift.shape[0],
-        precision=precision,
-        counts=result.counts.data_ptr(),
-        sums=result.sums.data_ptr(),
-        sumsq=result.sumsq.data_ptr(),
-        scatter=0 if result.scatter is None else result.scatter.data_ptr(),
-        radii=0 if result.radii is None else result.radii.data_ptr(),
-        symmetric=symmetric,
-        threads=torch.get_num_threads(),
+    refusal: str = _cpu.class_scatter(
+        features.data_ptr(),
+        _name(features.dtype),
+        N,
+        p,
+        features.stride(0) * features.element_size(),
+        labels.data_ptr(),
+        labels.element_size(),
+        labels.stride(0) * labels.element_size(),
+        ignore_index,
+        shift.data_ptr(),
+        shift.shape[0],
+        precision,
+        result.counts.data_ptr(),
+        result.sums.data_ptr(),
+        result.sumsq.data_ptr(),
+        0 if result.scatter is None else result.scatter.data_ptr(),
+        0 if result.radii is None else result.radii.data_ptr(),
+        torch.get_num_threads(),
+        update,
     )
+    return refusal
 
 
 def _name(dtype: torch.dtype) -> str:
