@@ -20,6 +20,8 @@ class _Panel(NamedTuple):
     lines: tuple[tuple[str, str], ...]
     """(field, colour) each."""
     log: bool = False
+    counts: bool = False
+    """A share of the samples, from most of them to a few and to none."""
 
 
 def _pair(field: str) -> tuple[tuple[str, str], ...]:
@@ -41,7 +43,12 @@ _PANELS = (
         (("nc1", _BOTH),),
         log=True,
     ),
-    _Panel("Fig. 7 (NC4): nearest class centre", "disagreement with NCC", (("nc4_disagreement", _BOTH),)),
+    _Panel(
+        "Fig. 7 (NC4): nearest class centre",
+        "disagreement with NCC",
+        (("nc4_disagreement", _BOTH),),
+        counts=True,
+    ),
 )
 
 
@@ -66,8 +73,10 @@ def plot_history(
 ) -> "Figure":
     """Draw Figs. 2–7 of Papyan, Han & Donoho (PNAS 2020) as six panels over the epochs.
 
-    Class means are blue, the classifier orange; a dashed line marks the first epoch of zero training error in
-    every panel. Numbers that were not measured leave gaps.
+    Class means are blue, the classifier orange. In every panel a dashed line marks the first epoch of zero
+    training error, and a dotted one the epoch from which it stays zero, where that is another. Numbers that
+    were not measured leave gaps. The axis of Fig. 6 is logarithmic, as in the paper; that of Fig. 7 too, but
+    down to the smallest share measured, and from there linear to zero.
 
     Args:
         records: one mapping per epoch with `epoch` and the fields of `CollapseReport`, in order.
@@ -88,20 +97,24 @@ def plot_history(
     if not records:
         raise ValueError("there are no records to plot")
     figure = Figure(figsize=(12, 6.6), layout="constrained")
-    zero_error, _ = zero_error_epochs(records)
-    for panel, axes in zip(_PANELS, figure.subplots(2, 3, sharex=True).flat, strict=True):
-        _draw(panel, axes, records)
-        if zero_error is not None:
-            axes.axvline(zero_error, color=_MARK, linestyle="--", linewidth=1, zorder=1)
-    for axes in figure.axes[3:]:
-        axes.set_xlabel("epoch")
+    first, lasting = zero_error_epochs(records)
+    marks = {"--": (first, "zero training error")}
+    if lasting != first:
+        marks[":"] = (lasting, "zero for good")
     handles = [
         Line2D([], [], color=_MEANS, linewidth=2, label="class means"),
         Line2D([], [], color=_CLASSIFIER, linewidth=2, label="classifier"),
     ]
-    if zero_error is not None:
-        label = f"zero training error (epoch {zero_error})"
-        handles.append(Line2D([], [], color=_MARK, linestyle="--", linewidth=1, label=label))
+    panels = figure.subplots(2, 3, sharex=True)
+    for panel, axes in zip(_PANELS, panels.flat, strict=True):
+        _draw(panel, axes, records)
+    for style, (epoch, label) in marks.items():
+        if epoch is not None:
+            look = {"color": _MARK, "linestyle": style, "linewidth": 1.2, "label": f"{label} (epoch {epoch})"}
+            handles += [axes.axvline(epoch, zorder=1, **look) for axes in panels.flat][:1]
+    for axes in panels[-1]:
+        axes.set_xlabel("epoch")
+    figure.align_ylabels()
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     if title is not None:
         figure.suptitle(title)
@@ -112,15 +125,21 @@ def plot_history(
 
 def _draw(panel: _Panel, axes: "Axes", records: Sequence[Mapping[str, Any]]) -> None:
     epochs = [record["epoch"] for record in records]
+    # A single epoch is no line; nor are shares that jump between no sample and one.
+    points = panel.counts or len(epochs) == 1
     for name, color in panel.lines:
         values = [math.nan if record[name] is None else record[name] for record in records]
-        # A single epoch is no line: mark it.
-        axes.plot(epochs, values, color=color, linewidth=2, marker="." if len(epochs) == 1 else None)
+        (line,) = axes.plot(epochs, values, color=color, linewidth=2, clip_on=False, zorder=2.5)
+        if points:
+            line.set(linestyle="", marker=".")
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_ylabel(panel.label)
     axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if panel.log:
         axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
+        return
+    if panel.counts:
+        shares = [record[name] for name, _ in panel.lines for record in records if record[name]]
+        axes.set_yscale("symlog", linthresh=min(shares, default=1.0))
+    axes.set_ylim(bottom=0)

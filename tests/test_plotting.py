@@ -28,11 +28,11 @@ def records(accuracies, missing=()):
 
 
 def curves(axes):
-    return [line for line in axes.lines if line.get_linestyle() == "-"]
+    return [line for line in axes.lines if line.get_linestyle() not in ("--", ":")]
 
 
-def marks(axes):
-    return [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+def marks(axes, style="--"):
+    return [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == style]
 
 
 def test_every_panel_shows_its_numbers_and_the_mark():
@@ -43,13 +43,35 @@ def test_every_panel_shows_its_numbers_and_the_mark():
         drawn = [list(line.get_ydata()) for line in curves(axes)]
         assert drawn == [[record[name] for record in history] for name in names]
         assert marks(axes) == [3]
+        assert marks(axes, ":") == [5]
         assert axes.get_ylabel()
     assert [axes.get_title(loc="left")[:6] for axes in figure.axes] == [f"Fig. {n}" for n in range(2, 8)]
-    assert [axes.get_yscale() for axes in figure.axes].count("log") == 1
-    assert figure.axes[4].get_yscale() == "log"
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear"] * 4 + ["log", "symlog"]
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]
-    assert texts == ["class means", "classifier", "zero training error (epoch 3)"]
+    zero_error = ["zero training error (epoch 3)", "zero for good (epoch 5)"]
+    assert texts == ["class means", "classifier", *zero_error]
+
+
+@pytest.mark.parametrize(
+    "accuracies", [[0.5, 1.0, 1.0], [0.5, 1.0, 0.9]]
+)  # it lasts at once; it does not last
+def test_one_mark_is_enough(accuracies):
+    figure = plot_history(records(accuracies))
+    assert all(marks(axes) == [2] and marks(axes, ":") == [] for axes in figure.axes)
+    assert len(figure.legends[0].get_texts()) == 3
+
+
+def test_no_disagreement_is_shown_as_zero():
+    history = records([0.5, 1.0, 1.0])
+    history[1]["nc4_disagreement"] = 0.0
+    axes = plot_history(history).axes[5]
+    bottom = axes.transAxes.transform((0, 0))[1]
+    shown = [axes.transData.transform((r["epoch"], r["nc4_disagreement"]))[1] - bottom for r in history]
+    assert shown[1] == pytest.approx(0)
+    assert min(shown[0], shown[2]) > 10  # pixels above the axis
+    history = [record | {"nc4_disagreement": 0.0} for record in history]
+    assert plot_history(history).axes[5].get_ylim()[0] == 0
 
 
 def test_no_zero_error_no_mark():
