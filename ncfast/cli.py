@@ -4,6 +4,7 @@ import argparse
 import csv
 import importlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -27,8 +28,11 @@ ARRAYS = ("features", "labels", "weight", "bias", "test_features", "test_labels"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 2 for an error (one line on stderr), 130 for Ctrl-C."""
-    arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Σ shows a question mark
     try:
+        arguments = _parser().parse_args(argv)
         if importlib.util.find_spec("rich") is None:
             raise ImportError("the command line needs rich: pip install 'ncfast[cli]'")
         arguments.run(arguments)

@@ -245,6 +245,19 @@ def test_a_closed_pipe_is_silent(tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("argv", [["--help"], ["measure", "a.npz"], ["measure", "Σ.npz"]])
+def test_a_terminal_without_unicode(tmp_path, argv):
+    np.savez(tmp_path / "a.npz", features=np.eye(4, dtype="f4"), labels=np.arange(4) % 2)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "ncfast", *argv]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    if "Σ.npz" in argv:
+        assert (done.returncode, done.stderr) == (2, "ncfast: error: ?.npz: No such file or directory\n")
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "?" in done.stdout
+
+
 def test_as_a_module_and_as_a_script(tmp_path):
     """Both spellings in a subprocess, from another folder, errors included."""
     np.savez(tmp_path / "a.npz", features=np.eye(4, dtype="f4"), labels=np.arange(4) % 2)
