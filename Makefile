@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format sanitize clean
 
 # PyTorch comes first and by itself: a machine without a GPU then keeps the build it is given here.
 $(VENV)/.torch:
@@ -33,6 +33,12 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+
+sanitize:
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -w -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
+		csrc/sanitize.cpp csrc/cpu/*.cpp -o build/sanitize
+	build/sanitize
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info ncfast/*.so demo-output

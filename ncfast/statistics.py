@@ -175,7 +175,7 @@ class ClassStatistics:
         if self._scatter is not None:
             moved = d.any(1)
             cross = half[moved].T @ d[moved]
-            self.scatter += cast(torch.Tensor, other.scatter) + cross + cross.T
+            self.scatter = self._scatter_kept() + other._scatter_kept() + cross + cross.T
         self.shift = shift
         self.counts += other.counts
         self.sums += other.sums + n[:, None] * d

@@ -1,13 +1,20 @@
 """class_scatter: every instruction set this machine has against the float64 reference."""
 
+import os
+import signal
+import threading
+
 import pytest
 import torch
 
 import ncfast
 from ncfast.ops import dispatch
-from ncfast.ops.class_scatter import class_scatter
+from ncfast.ops.class_scatter import ClassScatter, class_scatter
+
+import oracle
 
 _cpu = pytest.importorskip("ncfast._cpu")
+cpu = pytest.importorskip("ncfast.ops.class_scatter.cpu")
 
 ISAS = _cpu.bodies("class_scatter")
 UNIT = 2.0**-24  # float32 rounding unit
@@ -210,8 +217,6 @@ def test_forced_isa(monkeypatch):
 
 def test_labels_out_of_range_are_left_out():
     """Below the Python checks too: labels may change under the kernel's feet."""
-    from ncfast.ops.class_scatter import cpu
-
     features, labels, shift = sample(64, 8, 3)
     wild = labels.clone()
     wild[::3] = torch.tensor([2**62, -(2**62), 3, -1, 2**31, 2**32, 2**32 + 1, -(2**32)]).repeat(3)[:22]
@@ -219,3 +224,87 @@ def test_labels_out_of_range_are_left_out():
     left_out[::3] = -100
     for a, b in zip(cpu.class_scatter(features, wild, shift), on_cpu(features, left_out, shift), strict=True):
         assert a is b is None or torch.equal(a, b)
+
+
+# within/mean ratio, common offset
+COLLAPSE = [(1.0, 0.0), (1e-2, 0.0), (1e-4, 0.0), (1e-5, 0.0), (1e-4, 100.0), (1e-5, 100.0)]
+NC1_BOUND = {"highest": oracle.STREAM_BOUND, "high": oracle.STREAM_BOUND, "medium": 1e-4}
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("case", COLLAPSE, ids=str)
+@pytest.mark.parametrize("batch", [128, 20_000])
+def test_deep_collapse(case, batch):
+    """Formulas that square before they centre are off by 25 % to 192× here."""
+    spread, offset = case
+    features, labels = oracle.clustered(10, 64, 4000, spread, offset=offset)
+    truth = oracle.two_pass(features, labels, 10)
+    for precision, bound in NC1_BOUND.items():
+        with ncfast.use_backend("cpu"):
+            stats = ncfast.ClassStatistics(10, 64, precision=precision)
+            for rows in torch.arange(4000).split(batch):
+                stats.update(features[rows], labels[rows])
+        nc1 = ncfast.collapse(stats).nc1
+        oracle.assert_relative(nc1, truth["nc1"], bound, f"NC1, {precision}")
+        oracle.assert_relative(stats.trace_within, truth["trace_within"], oracle.STREAM_BOUND, precision)
+        if precision != "medium":
+            covariance = truth["within_covariance"]
+            largest = covariance.diagonal().max()
+            oracle.assert_within(stats.within_covariance, covariance, 1e-5 * largest, precision)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_the_error_does_not_grow_with_the_samples(precision):
+    """The same rows 400 times over: every sum is 400 times the first, to what was promised for the first."""
+    features, labels, shift = sample(10_000, 8, 3)
+    once = on_reference(features, labels, shift)
+    many = on_cpu(features.repeat(400, 1), labels.repeat(400), shift, precision=precision)
+    for a, b in zip(many[1:4], once[1:4], strict=True):
+        assert ((a / 400 - b).abs() <= 1e-6 * b.abs().max()).all()
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_small_batch_is_added_as_a_whole_or_not_at_all():
+    """A bad last row must not leave a trace, neither in the sums nor in the shifts chosen."""
+    features, labels, _ = sample(60, 33, 5)
+    labels[-1] = 1
+    with ncfast.use_backend("cpu"):
+        stats = ncfast.ClassStatistics(5, 33).update(features[labels != 1], labels[labels != 1])
+        state = {name: value for name, value in vars(stats).items() if isinstance(value, torch.Tensor)}
+        before = {name: value.clone() for name, value in state.items()}
+        for bad in (torch.nan, torch.inf, 1e30):
+            broken = features.clone()
+            broken[-1, 20] = bad
+            with pytest.raises(ValueError, match=r"row 59|overflow"):
+                stats.update(broken, labels)
+        with pytest.raises(ValueError, match="row 59"):
+            stats.update(features, torch.cat([labels[:-1], torch.tensor([5])]))
+        for name, value in before.items():
+            assert vars(stats)[name].numpy().tobytes() == value.numpy().tobytes(), name
+        stats.update(features, labels)
+    assert int(stats.counts[1]) == int((labels == 1).sum())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    data = sample(3000, 100, 7)
+    expected = cpu.class_scatter(*data, scatter=False)
+    child = os.fork()
+    if not child:
+        # Only the kernel: PyTorch's own threads do not survive a fork.
+        counts, sumsq = torch.zeros(2, 7, dtype=torch.int64)
+        sums = torch.zeros(7, 100, dtype=torch.float64)
+        cpu._run(ClassScatter(counts, sums, sumsq.double(), None, None), *data, "high", -100, update=False)
+        os._exit(0 if bytes(sums.numpy()) == bytes(expected.sums.numpy()) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_ctrl_c_stops_a_long_call():
+    features = torch.zeros(1, 512).expand(4_000_000, 512)
+    labels, shift = torch.zeros(4_000_000).int(), torch.zeros(1, 512)
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        cpu.class_scatter(features, labels, shift, precision="highest")

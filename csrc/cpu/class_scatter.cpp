@@ -257,25 +257,27 @@ class Pass {
   Panel panel_{};
 };
 
-const ScatterBody* scatter_body(Isa isa, Dtype dtype, [[maybe_unused]] Precision precision) {
+const ScatterBody& scatter_body(const ClassScatter& call, Isa isa) {
+  const Dtype dtype = call.dtype;
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx2:
-      return scatter_body_avx2(dtype);
+      return *scatter_body_avx2(dtype);
     case Isa::avx512:
-      return scatter_body_avx512(dtype);
+      return *scatter_body_avx512(dtype);
     case Isa::amx:
-      return scatter_body_amx(dtype, precision);
+      // Narrow features are read no faster than FMAs multiply them, and those are more precise.
+      return *scatter_body_amx(dtype, call.p < 64 ? Precision::highest : call.precision);
 #endif
     default:
-      return scatter_body_portable(dtype);
+      return *scatter_body_portable(dtype);
   }
 }
 
 }  // namespace
 
 void class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll) {
-  const ScatterBody& body = *scatter_body(isa, call.dtype, call.precision);
+  const ScatterBody& body = scatter_body(call, isa);
   if (call.dtype == Dtype::float64) {
     Pass<double>(call, body, threads, poll).run();
   } else {
@@ -287,7 +289,7 @@ namespace {
 
 template <class Real>
 Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
-  const ScatterBody& body = *scatter_body(isa, call.dtype, call.precision);
+  const ScatterBody& body = scatter_body(call, isa);
   const int64_t p = call.p;
   std::vector<int64_t> label(call.N);
   for (int64_t i = 0; i < call.N; i++) {

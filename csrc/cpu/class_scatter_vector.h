@@ -172,7 +172,7 @@ struct VectorBody {
       for (int a = 0; a < A; a++) std::memcpy(&column[a], left[a] + row * W, sizeof(V));
 #pragma GCC unroll 16
       for (int b = 0; b < B; b++) {
-        const V factor = V{} + right[row * W + b];
+        const Real factor = right[row * W + b];  // broadcast by the multiplication
 #pragma GCC unroll 4
         for (int a = 0; a < A; a++) total[b][a] += column[a] * factor;
       }
