@@ -4,6 +4,9 @@ The map of the house, from the outside in:
 
 | module        | what is there                                                                            |
 | ------------- | ---------------------------------------------------------------------------------------- |
+| `tracker`     | `Tracker`: epoch by epoch inside a training loop                                           |
+| `history`     | the records of a run, and their .csv and .json files                                       |
+| `integrations`| for torchmetrics and Lightning; never imported by ncfast itself                            |
 | `measure`     | `measure` (features and labels), `measure_model` (a model and its loaders)                 |
 | `collapse`    | `collapse`: NC1–NC4 and their kin from a `ClassStatistics`; `CollapseReport`               |
 | `statistics`  | `ClassStatistics`: the streaming, mergeable state                                          |
@@ -13,7 +16,7 @@ The map of the house, from the outside in:
 | `plotting`    | the paper's Figs. 2–7 over epochs (needs matplotlib)                                       |
 | `cli`, `demo` | `python -m ncfast`                                                                         |
 
-Dependencies point one way: cli → measure → collapse → statistics → ops.
+Dependencies point one way: cli, tracker, integrations → measure → collapse → statistics → ops.
 """
 
 from ncfast import reference
@@ -25,12 +28,14 @@ from ncfast.ops.dispatch import use_backend
 from ncfast.ops.pair_geometry import decision_radius, pair_geometry
 from ncfast.statistics import ClassStatistics
 from ncfast.theory import simplex_etf
+from ncfast.tracker import Tracker
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClassStatistics",
     "CollapseReport",
+    "Tracker",
     "affine_argmax",
     "class_scatter",
     "collapse",

@@ -1,4 +1,4 @@
-"""The command line: `ncfast info`, `ncfast measure`, `ncfast demo`."""
+"""The command line: `ncfast info`, `ncfast measure`, `ncfast merge`, `ncfast demo`."""
 
 import argparse
 import csv
@@ -19,8 +19,11 @@ import torch
 import ncfast
 from ncfast.collapse import GLOBAL_MEANS, CollapseReport
 from ncfast.files import SUFFIXES, read_arrays
+from ncfast.measure import as_tensor
 from ncfast.ops import dispatch
 from ncfast.ops.class_scatter import PRECISIONS
+from ncfast.shards import find_shards, is_sharded, measure_shards
+from ncfast.statistics import ClassStatistics
 
 OPERATIONS = ("class_scatter", "affine_argmax", "pair_geometry")
 ARRAYS = ("features", "labels", "weight", "bias", "test_features", "test_labels")
@@ -73,20 +76,32 @@ def _parser() -> argparse.ArgumentParser:
     measure = commands.add_parser(
         "measure",
         help="NC1–NC4 of features and labels in files",
-        description="Measures arrays by name. A .npy file is named after itself: features.npy is 'features'.",
+        description="Measures arrays by name. A .npy file is named after itself: features.npy is 'features'. "
+        "A folder, a quoted pattern or a .parquet file stands for shards, each with features and labels: "
+        "these are read once, in constant memory; NC4, which needs a second time, is not measured.",
     )
     measure.set_defaults(run=_measure)
-    measure.add_argument("files", nargs="+", metavar="FILE", help=", ".join(SUFFIXES))
+    measure.add_argument("files", nargs="+", metavar="FILE", help=f"{', '.join(SUFFIXES)}; or shards")
     for name in ARRAYS:
         option = f"--{name.replace('_', '-')}"
         measure.add_argument(option, metavar="NAME", help=f"name of the array (default: {name})")
     measure.add_argument("--num-classes", type=int, metavar="C")
-    measure.add_argument("--global-mean", choices=GLOBAL_MEANS, default="samples")
+    measure.add_argument("--shards", metavar="I/N", help="of the shards, every N-th from the I-th (1 … N) on")
+    measure.add_argument("--save-state", metavar="PATH", help="write the state of shards for 'ncfast merge'")
+    _add_report_options(measure)
     measure.add_argument("--precision", choices=PRECISIONS, default="high")
     measure.add_argument("--ignore-index", type=int, default=-100, metavar="LABEL")
     measure.add_argument("--nonfinite", choices=("error", "skip"), default="error")
-    measure.add_argument("--json", metavar="PATH", help="write the report as JSON; - is standard output")
-    measure.add_argument("--csv", metavar="PATH", help="write the report as CSV; - is standard output")
+
+    merge = commands.add_parser(
+        "merge",
+        help="one report from the states that 'ncfast measure --save-state' wrote",
+        description="Merges states of any split of the data, in any order.",
+    )
+    merge.set_defaults(run=_merge)
+    merge.add_argument("states", nargs="+", metavar="STATE")
+    merge.add_argument("--save-state", metavar="PATH", help="write the merged state too")
+    _add_report_options(merge)
 
     demo = commands.add_parser(
         "demo",
@@ -99,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=int, metavar="N", help="default: 200")
     demo.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _add_report_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--classifier", metavar="FILE", help="file of weight and bias, for shards and states"
+    )
+    command.add_argument("--global-mean", choices=GLOBAL_MEANS, default="samples")
+    command.add_argument("--json", metavar="PATH", help="write the report as JSON; - is standard output")
+    command.add_argument("--csv", metavar="PATH", help="write the report as CSV; - is standard output")
 
 
 def _info(_: argparse.Namespace) -> None:
@@ -143,6 +167,11 @@ def _isas() -> list[tuple[str, bool]]:
 
 
 def _measure(arguments: argparse.Namespace) -> None:
+    if arguments.shards or arguments.save_state or any(map(is_sharded, arguments.files)):
+        _measure_shards(arguments)
+        return
+    if arguments.classifier:
+        arguments.files.append(arguments.classifier)
     arrays = read_arrays(arguments.files)
     chosen: dict[str, Any] = {}
     for name in ARRAYS:
@@ -164,8 +193,73 @@ def _measure(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         ignore_index=arguments.ignore_index,
         nonfinite=arguments.nonfinite,
-        progress=sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None,
+        progress=_shows_progress(),
     )
+    _write(report, arguments)
+
+
+def _measure_shards(arguments: argparse.Namespace) -> None:
+    shards = find_shards(arguments.files)
+    if arguments.shards:
+        index, _, count = arguments.shards.partition("/")
+        if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+            raise ValueError(f"--shards must be I/N with 1 ≤ I ≤ N, got {arguments.shards!r}")
+        shards = shards[int(index) - 1 :: int(count)]
+        if not shards:
+            raise ValueError(f"share {arguments.shards} of the shards is empty: there are fewer than {count}")
+    weight, bias = _classifier(arguments)
+    if weight is None and arguments.num_classes is None:
+        raise ValueError("shards need --num-classes or --classifier: they are read only once")
+    stats = measure_shards(
+        shards,
+        len(weight) if arguments.num_classes is None else arguments.num_classes,
+        features=arguments.features or "features",
+        labels=arguments.labels or "labels",
+        precision=arguments.precision,
+        ignore_index=arguments.ignore_index,
+        nonfinite=arguments.nonfinite,
+        progress=_shows_progress(),
+    )
+    if arguments.save_state:
+        stats.save(arguments.save_state)
+    else:
+        _write(ncfast.collapse(stats, weight, bias, global_mean=arguments.global_mean), arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    stats = ClassStatistics.load(arguments.states[0])
+    for path in arguments.states[1:]:
+        other = ClassStatistics.load(path)
+        try:
+            stats.merge(other)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    report = ncfast.collapse(stats, *_classifier(arguments), global_mean=arguments.global_mean)
+    if arguments.save_state:
+        stats.save(arguments.save_state)
+    _write(report, arguments)
+
+
+def _classifier(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Weight and bias of the file --classifier, or None twice."""
+    if arguments.classifier is None:
+        return None, None
+    arrays = read_arrays([arguments.classifier])
+    weight, bias = getattr(arguments, "weight", None), getattr(arguments, "bias", None)
+    weight, bias = weight or "weight", bias or "bias"
+    if weight not in arrays:
+        raise ValueError(
+            f"{arguments.classifier}: no array is named {weight!r}; there are: {', '.join(arrays)}"
+        )
+    found = arrays.get(bias)
+    return as_tensor(arrays[weight], weight), None if found is None else as_tensor(found, bias)
+
+
+def _shows_progress() -> bool:
+    return sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+
+
+def _write(report: CollapseReport, arguments: argparse.Namespace) -> None:
     if "-" not in (arguments.json, arguments.csv):
         _print_report(report)
     for path, write in ((arguments.json, _write_json), (arguments.csv, _write_csv)):

@@ -44,7 +44,10 @@ def read_arrays(paths: Iterable[str | Path]) -> dict[str, np.ndarray | torch.Ten
             found = _READERS[path.suffix](path)
         for name, array in found.items():
             if name in arrays:
-                raise ValueError(f"{path}: an array named {name!r} was already read from another file")
+                raise ValueError(
+                    f"{path}: an array named {name!r} was already read from another file "
+                    "(if the files are shards, name their folder or add --shards 1/1)"
+                )
             arrays[name] = array
     return arrays
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -81,8 +82,8 @@ def measure(
     if global_mean not in GLOBAL_MEANS:
         raise ValueError(f"global_mean must be one of {', '.join(GLOBAL_MEANS)}, got {global_mean!r}")
     h, y = _labelled(features, labels, "features", "labels")
-    W = None if weight is None else _tensor(weight, "weight")
-    b = None if bias is None else _tensor(bias, "bias")
+    W = None if weight is None else as_tensor(weight, "weight")
+    b = None if bias is None else as_tensor(bias, "bias")
     if num_classes is None:
         num_classes = _inferred_classes(y, ignore_index) if W is None else len(W)
     check_classifier(W, b, num_classes, h.shape[1], h.device)
@@ -175,12 +176,10 @@ def measure_model(
 
     Source: Papyan, Han & Donoho (PNAS 2020), §3.
     """
-    head = _last_linear(model) if head is None else head
-    W, b = getattr(head, "weight", None), getattr(head, "bias", None)
-    if not isinstance(W, torch.Tensor) or W.ndim != 2:
-        raise TypeError(f"head must be a module with a weight [C, p], got {type(head).__name__}")
+    head = find_head(model, head)
+    W, b = classifier_of(head)
     place = W.device if device is None else torch.device(device)
-    W, b = W.detach().to(place), None if b is None else b.detach().to(place)
+    W, b = W.to(place), None if b is None else b.to(place)
     num_classes, dim = W.shape
     check_classifier(W, b, num_classes, dim, place)
     stats = ClassStatistics(
@@ -195,7 +194,7 @@ def measure_model(
     held: list[tuple[torch.Tensor, torch.Tensor]] = []
     seen = correct = 0
     with _frozen(model), _captured(model, head, place) as features_of:
-        for batch in _bar(train_loader, progress, "train"):
+        for batch in progress_bar(train_loader, progress, "train"):
             h, y = features_of(batch)
             with rows_from(seen):
                 used = ~stats.accumulate(h, y).isnan()
@@ -211,7 +210,7 @@ def measure_model(
             second: Iterable[tuple[torch.Tensor, torch.Tensor]] = held
         else:
             loader = train_loader if test_loader is None else test_loader
-            second = map(features_of, _bar(loader, progress, "NC4"))
+            second = map(features_of, progress_bar(loader, progress, "NC4"))
         seen = 0
         for h, y in second:
             with rows_from(seen):
@@ -337,13 +336,13 @@ def _sampled_shift(
 def _labelled(
     features: Array, labels: Array, features_name: str, labels_name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    h, y = _tensor(features, features_name), _tensor(labels, labels_name)
+    h, y = as_tensor(features, features_name), as_tensor(labels, labels_name)
     check_features(h, features_name)
     check_labels(y, h, labels_name)
     return h, y.long()
 
 
-def _tensor(array: Array, name: str) -> torch.Tensor:
+def as_tensor(array: Array, name: str) -> torch.Tensor:
     """A detached tensor that shares the array's memory, memory-mapped and read-only arrays included."""
     if isinstance(array, torch.Tensor):
         return array.detach()
@@ -377,10 +376,10 @@ def _chunks(features: torch.Tensor, progress: bool, title: str) -> Iterable[slic
     """Slices of rows that together cover the features; at least one."""
     size = max(1, (_CHUNK >> 4 if progress else _CHUNK) // features.shape[1])
     starts = range(0, max(1, len(features)), size)
-    return _bar([slice(start, start + size) for start in starts], progress, title)
+    return progress_bar([slice(start, start + size) for start in starts], progress, title)
 
 
-def _bar(iterable: Iterable[T], progress: bool, title: str) -> Iterable[T]:
+def progress_bar(iterable: Iterable[T], progress: bool, title: str) -> Iterable[T]:
     """The iterable itself, under a progress bar where one was asked for."""
     if not progress:
         return iterable
@@ -391,20 +390,36 @@ def _bar(iterable: Iterable[T], progress: bool, title: str) -> Iterable[T]:
     return tqdm(iterable, desc=title)
 
 
-def _last_linear(model: torch.nn.Module) -> torch.nn.Linear:
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    if not linear:
-        raise ValueError("the model has no torch.nn.Linear; pass head=")
-    return linear[-1]
+def find_head(model: torch.nn.Module, head: torch.nn.Module | None = None) -> torch.nn.Module:
+    """The classifier of a model: `head`, or the last torch.nn.Linear among `model.modules()`."""
+    if head is None:
+        linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        if not linear:
+            raise ValueError("the model has no torch.nn.Linear; pass head=")
+        return linear[-1]
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        raise TypeError(f"head must be a module with a weight [C, p], got {type(head).__name__}")
+    return head
+
+
+def classifier_of(head: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Its weight [C, p] and, if it has one, its bias [C], detached."""
+    weight, bias = cast(torch.Tensor, head.weight), getattr(head, "bias", None)
+    return weight.detach(), None if bias is None else bias.detach()
 
 
 @contextlib.contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own training flag is put back."""
+    """Eval mode without gradients, nothing compiled; every module's own training flag is put back."""
+    # What torch.compile made earlier does not see a hook added since. Where nothing was compiled, Dynamo is
+    # not imported for it: that takes seconds.
+    compiled = "torch._dynamo" in sys.modules
+    eagerly = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), eagerly:
             yield
     finally:
         for module, flag in training.items():

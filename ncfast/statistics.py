@@ -1,8 +1,13 @@
 """ClassStatistics: what a stream of labelled features leaves behind, mergeable and exact in deep collapse."""
 
+import hashlib
+import io
+import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 
 from ncfast.ops.class_scatter import (
     PRECISIONS,
@@ -16,6 +21,7 @@ from ncfast.ops.class_scatter import (
 )
 
 _FORMAT = 1  # of state_dict(): raise it when the meaning of an entry changes
+_MAGIC = b"ncfast ClassStatistics\n"  # begins a file of `save`; the SHA-256 of the rest follows
 
 
 class ClassStatistics:
@@ -168,20 +174,71 @@ class ClassStatistics:
         other._raise_refused()
         shift = self.shift.to(torch.promote_types(self.shift.dtype, other.shift.dtype))
         shift = torch.where(shift.isnan(), other.shift, shift)
-        seen = other.counts > 0
-        n = other.counts.double()
-        d = torch.where(seen[:, None], other.shift.double() - shift.double(), 0.0)
-        half = other.sums + 0.5 * n[:, None] * d  # s dᵀ + d sᵀ + n d dᵀ = half dᵀ + d halfᵀ
-        if self._scatter is not None:
-            moved = d.any(1)
-            cross = half[moved].T @ d[moved]
-            self.scatter = self._scatter_kept() + other._scatter_kept() + cross + cross.T
+        sums, sumsq, scatter = other._about(shift)
+        if scatter is not None:
+            self.scatter = self._scatter_kept() + scatter
         self.shift = shift
         self.counts += other.counts
-        self.sums += other.sums + n[:, None] * d
-        self.sumsq += other.sumsq + 2.0 * (half * d).sum(1)
+        self.sums += sums
+        self.sumsq += sumsq
         self._skipped += other._skipped
         return self
+
+    def all_reduce(self, group: "dist.ProcessGroup | None" = None) -> "ClassStatistics":
+        """Replace the state of every rank by the merge of all of them; returns self.
+
+        Two collectives, sums of Cp + C + 5 and of p² + Cp + C float64 numbers: the first agrees on a shift
+        per class, the mean over all ranks; every rank moves its own sums there by the formula of `merge`, and
+        the second adds them up. Ranks may hold any number of samples, none included, of any classes, about
+        any shifts. Reduce once: every rank then holds the whole, and to reduce that again would count it
+        once per rank.
+
+        Every rank of `group` (the default group if None) has to call it, with the same num_classes and dim,
+        and a state on a device that the group's backend takes. When a rank has died, the others fail with
+        torch.distributed's error, at the latest after the `timeout` of `init_process_group`.
+
+        Raises:
+            ValueError: on every rank, when a rank has refused rows (see `update`), or when some ranks keep
+                the scatter and some do not. Whatever is raised, the state is as it was.
+
+        """
+        n = self.counts.double()
+        weighted = n[:, None] * self.shift.double().nan_to_num() + self.sums  # Σh = n_c μ_c
+        kinds = n.new_tensor([self.shift.dtype == torch.float64, self._scatter is not None, 1])
+        rows_left_out = torch.stack([self._skipped, self._refused]).double()
+        outline = torch.cat([weighted.flatten(), n, rows_left_out, kinds])  # counts are exact up to 2⁵³
+        dist.all_reduce(outline, group=group)
+        weighted, n, rest = outline.split([weighted.numel(), self.num_classes, 5])
+        skipped, refused, wide, with_scatter, ranks = rest.long().tolist()
+        if refused:
+            raise ValueError(self._complaint(refused, f" of all {ranks} ranks"))
+        if with_scatter not in (0, ranks):
+            raise ValueError(f"all ranks must keep the scatter or none; {with_scatter} of {ranks} do")
+        # Any common shift near the means will do, and rounding it is no error: the move below is about what
+        # it became. float32 where it can be, for the kernels' sake.
+        common = (weighted.view_as(self.sums) / n[:, None]).to(torch.float64 if wide else torch.float32)
+        shift = torch.where(n[:, None] > 0, common, self.shift.to(common.dtype))
+        parts = [part for part in self._about(shift) if part is not None]
+        total = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(total, group=group)
+        sums, sumsq, *scatter = total.split([part.numel() for part in parts])
+        self.shift, self.counts = shift, n.long()
+        self.sums, self.sumsq = sums.view_as(self.sums).clone(), sumsq.clone()
+        self.scatter = scatter[0].view_as(self.scatter).clone() if self.scatter is not None else None
+        self._skipped.fill_(skipped)
+        return self
+
+    def _about(self, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The sums, sums of squares and scatter of the same samples about another shift [C, p]."""
+        n = self.counts.double()
+        d = torch.where(self.counts[:, None] > 0, self.shift.double() - shift.double(), 0.0)
+        half = self.sums + 0.5 * n[:, None] * d  # s dᵀ + d sᵀ + n d dᵀ = half dᵀ + d halfᵀ
+        scatter = self.scatter
+        if scatter is not None:
+            moved = d.any(1)
+            cross = half[moved].T @ d[moved]
+            scatter = scatter + cross + cross.T
+        return self.sums + n[:, None] * d, self.sumsq + 2.0 * (half * d).sum(1), scatter
 
     def _checked(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         check_features(features)
@@ -216,11 +273,14 @@ class ClassStatistics:
         return self.counts.device.type != "cpu"
 
     def _raise_refused(self) -> None:
-        if int(self._refused):
-            raise ValueError(
-                f"{int(self._refused)} rows were left out: they had a label outside [0, {self.num_classes}) "
-                "or a NaN or infinity"
-            )
+        if refused := int(self._refused):
+            raise ValueError(self._complaint(refused))
+
+    def _complaint(self, refused: int, whose: str = "") -> str:
+        return (
+            f"{refused} rows{whose} were left out: they had a label outside [0, {self.num_classes}) "
+            "or a NaN or infinity"
+        )
 
     # ---- derived statistics ----
 
@@ -332,6 +392,8 @@ class ClassStatistics:
             raise ValueError(f"not a ClassStatistics state: it lacks {', '.join(sorted(missing))}")
         if state["format"] != _FORMAT:
             raise ValueError(f"unknown state format {state['format']!r}; this version reads {_FORMAT}")
+        if not isinstance(state["num_skipped"], int) or state["num_skipped"] < 0:
+            raise ValueError(f"num_skipped must be a count, got {state['num_skipped']!r}")
         loaded = {}
         for name in ("counts", "shift", "sums", "sumsq", "scatter"):
             ours, theirs = getattr(self, name), state[name]
@@ -343,13 +405,55 @@ class ClassStatistics:
                 raise ValueError(f"{name} must be a tensor, got {type(theirs).__name__}")
             if theirs.shape != ours.shape:
                 raise ValueError(f"{name} must have shape {list(ours.shape)}, got {list(theirs.shape)}")
-            if theirs.dtype != ours.dtype and name != "shift":
+            if name == "shift":
+                if theirs.dtype not in (torch.float32, torch.float64):
+                    raise ValueError(f"shift must be float32 or float64, got {theirs.dtype}")
+            elif theirs.dtype != ours.dtype:
                 raise ValueError(f"{name} must be {ours.dtype}, got {theirs.dtype}")
+            elif not theirs.isfinite().all() or (name == "counts" and (theirs < 0).any()):
+                raise ValueError(f"{name} holds a number that no samples can leave")
             loaded[name] = theirs.to(ours.device, copy=True)
+        if not loaded["shift"][loaded["counts"] > 0].isfinite().all():
+            raise ValueError("a class that has samples has no shift")
         for name, tensor in loaded.items():
             setattr(self, name, tensor)
         self._skipped.fill_(state["num_skipped"])
         self._refused.zero_()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict()` to a file for `load`; a process killed meanwhile leaves the old file."""
+        content = io.BytesIO()
+        torch.save(self.state_dict(), content)
+        digest = hashlib.sha256(content.getbuffer()).digest()
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(unfinished, "wb") as file:
+            file.writelines([_MAGIC, digest, content.getbuffer()])
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None, **options: Any
+    ) -> "ClassStatistics":
+        """Read a file that `save` wrote, to merge it or to go on updating it.
+
+        `options` are those of the constructor that concern later updates: precision, ignore_index, nonfinite.
+
+        Raises:
+            OSError: the file cannot be read. ValueError: it was cut short or damaged, or is something else.
+
+        """
+        content = Path(path).read_bytes()
+        start = len(_MAGIC) + hashlib.sha256().digest_size
+        if not content.startswith(_MAGIC):
+            raise ValueError(f"{path} is not a ClassStatistics file")
+        if hashlib.sha256(content[start:]).digest() != content[len(_MAGIC) : start]:
+            raise ValueError(f"{path} is damaged or was cut short: its checksum does not agree")
+        state = torch.load(io.BytesIO(content[start:]), map_location=device, weights_only=True)
+        num_classes, dim = state["sums"].shape
+        stats = cls(num_classes, dim, scatter=state["scatter"] is not None, device=device, **options)
+        stats.load_state_dict(state)
+        return stats
 
     def to(self, device: torch.device | str) -> "ClassStatistics":
         """Move the state to `device`, in place; returns self."""

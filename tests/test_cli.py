@@ -147,7 +147,7 @@ def bad_files(folder):
     yield "a header that is no Python", ["header.npy"], "header.npy is no .npy file of numbers, or is damaged"
     yield "cut short", ["cut.pt"], "cut.pt is no .pt file"
     yield "missing", ["missing.npz"], "No such file"
-    yield "a folder", ["."], "unknown format"
+    yield "a folder", ["."], "shards need --num-classes or --classifier"
     yield "unknown format", ["text.txt"], "text.txt: unknown format; expected one of .npz"
     yield "no labels", ["half.pt"], "no array is named 'labels'; there are: features"
     yield "wrong name", ["good.pt", "--features", "h"], "no array is named 'h'; there are: features, labels"

@@ -9,7 +9,8 @@ import ncfast
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_python_blocks_run():
+def test_the_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 3
     names = {}

@@ -1,0 +1,184 @@
+"""NeuralCollapse: the numbers of a `CollapseReport` as a torchmetrics Metric."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from ncfast.collapse import GLOBAL_MEANS, collapse
+from ncfast.measure import classifier_of
+from ncfast.statistics import ClassStatistics
+
+MEANS_FIELDS: tuple[str, ...] = (
+    "nc1",
+    "nc2_equinorm_means",
+    "nc2_equiangular_means",
+    "nc2_max_angle_means",
+    "trace_within",
+    "trace_between",
+    "trace_ratio",
+    "cdnv",
+    "etf_error_means",
+    "gnc2",
+)
+CLASSIFIER_FIELDS = (
+    "nc2_equinorm_classifier",
+    "nc2_equiangular_classifier",
+    "nc2_max_angle_classifier",
+    "nc3_self_duality",
+    "etf_error_classifier",
+    "etf_error_product",
+    "unc3",
+)
+
+# The state of the metric, and where a ClassStatistics keeps it.
+_STATES = {
+    "counts": "counts",
+    "shift": "shift",
+    "sums": "sums",
+    "sumsq": "sumsq",
+    "scatter": "scatter",
+    "skipped": "_skipped",
+    "refused": "_refused",
+}
+
+
+class NeuralCollapse(Metric):
+    """NC1–NC3 and their kin of all features seen, as a dict of float64 scalars.
+
+    As input `update` and `forward` take features [..., p] and their integer labels [...]; the fields are
+    those of `ncfast.CollapseReport`, NaN where not measurable. NC4 needs the features a second time: it is
+    not among them.
+
+    The state is that of `ncfast.ClassStatistics`. Its moments are about shifts that every process chose for
+    itself, so that they cannot be summed state by state: processes are merged by
+    `ClassStatistics.all_reduce`, and two states of one process, as in `forward` or `merge_state`, by its
+    `merge`. The state stays float64 under `half`, `set_dtype` and `to(dtype)`.
+
+    Args:
+        num_classes: C.
+        dim: p.
+        head: a module with a weight [C, p], read whenever the metric is computed; without it the classifier's
+            fields are absent. Not a submodule of the metric, and shared by copies of it.
+        scatter: False leaves out NC1 and makes a batch cost O(p) per sample.
+        precision: as in `ncfast.class_scatter`.
+        global_mean: "samples" or "classes".
+        ignore_index: label of the samples to leave out.
+        nonfinite: "error" or "skip".
+        kwargs: those of torchmetrics.Metric.
+
+    Raises:
+        ValueError: an option that is not known; and what `ClassStatistics` and `collapse` raise.
+
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        head: torch.nn.Module | None = None,
+        *,
+        scatter: bool = True,
+        precision: str = "high",
+        global_mean: str = "samples",
+        ignore_index: int = -100,
+        nonfinite: str = "error",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if global_mean not in GLOBAL_MEANS:
+            raise ValueError(f"global_mean must be one of {', '.join(GLOBAL_MEANS)}, got {global_mean!r}")
+        self.global_mean = global_mean
+        self._head = None if head is None else _Shared(head)
+        self.fields = MEANS_FIELDS if head is None else MEANS_FIELDS + CLASSIFIER_FIELDS
+        if not scatter:
+            self.fields = tuple(name for name in self.fields if name != "nc1")
+        empty = ClassStatistics(
+            num_classes,
+            dim,
+            scatter=scatter,
+            precision=precision,
+            ignore_index=ignore_index,
+            nonfinite=nonfinite,
+        )
+        for state, attribute in _STATES.items():
+            tensor = getattr(empty, attribute)
+            if tensor is not None:
+                # Never reduced on its own, but by `_sync_dist` and `_reduce_states` together.
+                self.add_state(state, tensor, dist_reduce_fx=None)
+        self._options = empty.to("meta")  # the states live in the metric
+
+    def update(self, features: torch.Tensor, target: torch.Tensor) -> None:
+        """Add features [..., p] and their labels [...]: see `ncfast.ClassStatistics.update`."""
+        stats = self._statistics(self.metric_state)
+        stats.update(features.detach().reshape(-1, features.shape[-1]), target.reshape(-1))
+        self._keep(stats)
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        """The fields by name."""
+        classifier = (None, None) if self._head is None else classifier_of(self._head.module)
+        report = collapse(self._statistics(self.metric_state), *classifier, global_mean=self.global_mean)
+        values = ((name, getattr(report, name)) for name in self.fields)
+        return {
+            name: torch.tensor(torch.nan if value is None else value, dtype=torch.float64, device=self.device)
+            for name, value in values
+        }
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one computed dict, or a sequence of them, by torchmetrics' own plotting."""
+        return self._plot(val, ax)
+
+    def _statistics(self, states: dict[str, Any]) -> ClassStatistics:
+        """A ClassStatistics over these very tensors."""
+        stats = copy.copy(self._options)
+        for state, attribute in _STATES.items():
+            setattr(stats, attribute, states.get(state))
+        return stats
+
+    def _keep(self, stats: ClassStatistics) -> None:
+        for state in self._defaults:
+            setattr(self, state, getattr(stats, _STATES[state]))
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        missing = set(self._defaults) - set(incoming_state)
+        if missing:
+            raise ValueError(f"the incoming state lacks {', '.join(sorted(missing))}")
+        incoming = {name: incoming_state[name].clone() for name in self._defaults}
+        self._keep(self._statistics(incoming).merge(self._statistics(self.metric_state)))
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
+    ) -> None:
+        group = process_group or self.process_group
+        stats = self._statistics(self.metric_state)
+        if dist_sync_fn is gather_all_tensors:
+            self._keep(stats.all_reduce(group))
+            return
+        gathered = {name: dist_sync_fn(getattr(self, name), group=group) for name in self._defaults}
+        for rank, tensors in enumerate(zip(*gathered.values(), strict=True)):
+            other = self._statistics(dict(zip(gathered, tensors, strict=True)))
+            stats = copy.deepcopy(other) if rank == 0 else stats.merge(other)
+        self._keep(stats)
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(fn(tensor).device)  # and nothing else
+
+        return super()._apply(moved, exclude_state)
+
+
+class _Shared:
+    """A module that belongs to someone else: copies of the metric go on reading the same one."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self

@@ -1,0 +1,242 @@
+"""NeuralCollapse as torchmetrics treats its own metrics: batches, epochs, processes, copies, collections."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.figure
+import pytest
+import torch
+import torchmetrics
+
+import ncfast
+from ncfast.integrations.torchmetrics import CLASSIFIER_FIELDS, MEANS_FIELDS, NeuralCollapse
+
+import oracle
+
+C, P, BATCHES = 5, 12, 8
+WORKER = Path(__file__).with_name("torchmetrics_worker.py")
+
+
+def head():
+    torch.manual_seed(3)
+    return torch.nn.Linear(P, C)
+
+
+def batches():
+    features, labels = oracle.clustered(C, P, BATCHES * 40, 0.5, offset=20.0, dtype=torch.float64)
+    return list(zip(features.split(40), labels.split(40), strict=True))
+
+
+def expected(parts, classifier=None, fields=MEANS_FIELDS):
+    """The same numbers by `measure`'s way, of all these batches together."""
+    features, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    weight = None if classifier is None else classifier.weight
+    stats = ncfast.ClassStatistics(C, P).update(features, labels)
+    report = ncfast.collapse(stats, weight)
+    return {name: getattr(report, name) for name in fields}
+
+
+def assert_agree(values, truth):
+    """To float64 rounding times a condition number: the features are float64, and so is all arithmetic."""
+    assert list(values) == list(truth)
+    for name, value in values.items():
+        assert value.dtype == torch.float64
+        assert value.shape == ()
+        oracle.assert_within(value, truth[name], 1e-11 * abs(truth[name]) + 1e-13, name)
+
+
+@pytest.mark.parametrize("classifier", [None, head()], ids=["no head", "head"])
+def test_forward_is_the_batch_and_compute_the_epoch(classifier):
+    fields = MEANS_FIELDS + (CLASSIFIER_FIELDS if classifier else ())
+    metric = NeuralCollapse(C, P, classifier)
+    for i, batch in enumerate(batches()):
+        assert_agree(metric(*batch), expected([batch], classifier, fields))
+        assert_agree(metric.compute(), expected(batches()[: i + 1], classifier, fields))
+    metric.reset()
+    metric.update(*batches()[0])
+    assert_agree(metric.compute(), expected(batches()[:1], classifier, fields))
+
+
+def test_update_is_class_statistics_bit_for_bit():
+    metric, stats = NeuralCollapse(C, P), ncfast.ClassStatistics(C, P)
+    for features, labels in batches():
+        metric.update(features, labels)
+        stats.update(features, labels)
+    for name in ("counts", "shift", "sums", "sumsq", "scatter"):
+        assert torch.equal(getattr(metric, name), getattr(stats, name))
+
+
+def test_head_is_read_when_computed_and_is_no_submodule():
+    classifier = head()
+    metric = NeuralCollapse(C, P, classifier)
+    metric.update(*batches()[0])
+    first = metric.compute()
+    with torch.no_grad():
+        classifier.weight.copy_(torch.randn(C, P))
+    metric.update(*batches()[0])
+    assert metric.compute()["nc3_self_duality"] != first["nc3_self_duality"]
+    assert list(metric.parameters()) == []
+    clone = metric.clone()
+    assert clone._head.module is classifier
+
+
+def test_without_scatter_there_is_no_nc1():
+    metric = NeuralCollapse(C, P, scatter=False)
+    metric.update(*batches()[0])
+    metric.update(*batches()[1])
+    truth = expected(batches()[:2])
+    del truth["nc1"]
+    assert_agree(metric.compute(), truth)
+    assert "scatter" not in metric.metric_state
+
+
+def test_what_is_not_measurable_is_nan():
+    metric = NeuralCollapse(C, P)
+    features, labels = batches()[0]
+    metric.update(features, torch.zeros_like(labels))
+    values = metric.compute()
+    assert values["nc1"].isnan()
+    assert values["trace_within"] > 0
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.clone()]
+)
+def test_copies_are_independent(copied):
+    metric = NeuralCollapse(C, P, head())
+    metric.update(*batches()[0])
+    other = copied(metric)
+    assert all(torch.equal(value, metric.compute()[name]) for name, value in other.compute().items())
+    counts = metric.counts.clone()
+    other.update(*batches()[1])
+    assert torch.equal(metric.counts, counts)
+    assert torch.equal(other.counts, 2 * counts)
+    other.reset()
+    other.update(*batches()[2])
+    assert torch.equal(other.counts, counts)
+
+
+def test_merge_state():
+    one, two = NeuralCollapse(C, P), NeuralCollapse(C, P)
+    for batch in batches()[:3]:
+        one.update(*batch)
+    for batch in batches()[3:]:
+        two.update(*batch)
+    counts, sums = two.counts.clone(), two.sums.clone()
+    one.merge_state(two)
+    assert_agree(one.compute(), expected(batches()))
+    assert torch.equal(two.counts, counts)
+    assert torch.equal(two.sums, sums)
+    with pytest.raises(ValueError, match="lacks"):
+        one.merge_state({"counts": counts})
+
+
+def test_state_is_float64_whatever_is_asked():
+    metric = NeuralCollapse(C, P)
+    metric.update(*batches()[0])
+    before = metric.compute()
+    metric.half().float().double()
+    for ask in (metric.set_dtype, metric.to):
+        ask(torch.float16)
+        metric.update(*batches()[0])
+        assert (metric.sums.dtype, metric.counts.dtype) == (torch.float64, torch.int64)
+        metric.reset()
+    metric.update(*batches()[0])
+    assert all(torch.equal(value, before[name]) for name, value in metric.compute().items())
+    meta = metric.to("meta")
+    assert meta.sums.device.type == "meta"
+    assert meta.sums.dtype == torch.float64
+
+
+def test_state_dict():
+    metric = NeuralCollapse(C, P)
+    metric.update(*batches()[0])
+    assert metric.state_dict() == {}
+    metric.persistent(True)
+    other = NeuralCollapse(C, P)
+    other.load_state_dict(metric.state_dict())
+    assert torch.equal(other.sums, metric.sums)
+    assert torch.equal(other.counts, metric.counts)
+
+
+def test_collection():
+    """Beside another metric; keyword arguments go to those that take them."""
+    classifier = head()
+    collection = torchmetrics.MetricCollection(
+        {
+            "accuracy": torchmetrics.classification.MulticlassAccuracy(C, average="micro"),
+            "samples": NeuralCollapse(C, P, classifier),
+            "classes": NeuralCollapse(C, P, global_mean="classes"),
+        },
+        prefix="train/",
+    )
+    for features, labels in batches():
+        collection.update(preds=classifier(features.float()), features=features, target=labels)
+    values = collection.compute()
+    assert "train/accuracy" in values
+    truth = expected(batches(), classifier, MEANS_FIELDS + CLASSIFIER_FIELDS)
+    ours = {name.removeprefix("train/samples_"): value for name, value in values.items()}
+    for name, value in truth.items():
+        oracle.assert_within(ours[name], value, 1e-6 * abs(value) + 1e-9, name)
+    collection.reset()
+    assert collection["samples"].counts.sum() == 0
+    assert set(collection.clone(prefix="test/").keys(keep_base=True)) == {"accuracy", "samples", "classes"}
+
+
+def test_hash_tells_metrics_apart():
+    assert hash(NeuralCollapse(C, P)) != hash(NeuralCollapse(C, P))
+
+
+def test_plot():
+    metric = NeuralCollapse(C, P)
+    values = [metric(*batch) for batch in batches()[:3]]
+    for drawn in (metric.plot(), metric.plot(values)):
+        figure, _ = drawn
+        assert isinstance(figure, matplotlib.figure.Figure)
+        matplotlib.pyplot.close(figure)
+
+
+def test_own_gathering_function():
+    """A `dist_sync_fn` of the user's is asked for every state, and the results are merged in its order."""
+    others = [NeuralCollapse(C, P) for _ in range(2)]  # the second never sees anything
+    for batch in batches()[3:]:
+        others[0].update(*batch)
+    asked = []
+
+    def gather(tensor, group):
+        assert group is None
+        (name,) = [name for name, value in metric.metric_state.items() if value is tensor]
+        asked.append(name)
+        return [tensor, *(getattr(other, name) for other in others)]
+
+    metric = NeuralCollapse(C, P, dist_sync_fn=gather, distributed_available_fn=lambda: True)
+    for batch in batches()[:3]:
+        metric.update(*batch)
+    before, theirs = metric.counts.clone(), others[0].counts.clone()
+    assert_agree(metric.compute(), expected(batches()))
+    assert asked == list(metric.metric_state)
+    assert torch.equal(metric.counts, before)
+    assert torch.equal(others[0].counts, theirs)
+
+
+def test_two_processes():
+    """`compute` sums over both, `forward` too with dist_sync_on_step, and both go on from their own state."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="global_mean"):
+        NeuralCollapse(C, P, global_mean="median")
+    with pytest.raises(ValueError, match="nonfinite"):
+        NeuralCollapse(C, P, nonfinite="maybe")
