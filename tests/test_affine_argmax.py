@@ -8,7 +8,20 @@ import torch
 
 import ncfast
 
-pytestmark = pytest.mark.parametrize("backend", backends.available("affine_argmax"))
+MACHINES = [(name, None) for name in backends.available("affine_argmax") if name != "cpu"]
+if "cpu" in backends.available("affine_argmax"):
+    from ncfast import _cpu
+
+    MACHINES += [("cpu", isa) for isa in _cpu.bodies("affine_argmax")]
+pytestmark = pytest.mark.parametrize(("backend", "isa"), MACHINES)
+
+
+@pytest.fixture(autouse=True)
+def _forced_isa(isa, monkeypatch):
+    """Every instruction set that this machine has, and no other than the one named."""
+    if isa is not None:
+        monkeypatch.setenv("NCFAST_CPU_ISA", isa)
+        assert _cpu.isa("affine_argmax") == isa
 
 
 def exact(features, weight, bias):
@@ -81,6 +94,17 @@ def test_denormal_and_huge_features(backend, scale):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(20, 9, generator=generator) * scale
     assert_decides(backend, features, torch.randn(5, 9, generator=generator))
+
+
+def test_partial_sums_beyond_float32(backend):
+    """Scores that fit float32, or just do not, after partial sums that do not."""
+    generator = torch.Generator().manual_seed(0)
+    features = 1e19 * torch.randn(40, 70, generator=generator)
+    weight = 1e19 * torch.randn(6, 70, generator=generator)
+    features[:, 35:], weight[:, 35:] = features[:, :35], -weight[:, :35]  # every score is nearly 0
+    weight[:, 69] *= 1 + 1e-3 * torch.randn(6, generator=generator)
+    assert_decides(backend, features, weight)
+    assert_decides(backend, features, weight, 1e38 * torch.randn(6, generator=generator))
 
 
 def test_nan_rows_give_an_index_in_range(backend):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ncfast
 
@@ -133,3 +134,29 @@ def test_the_global_mean_of_unbalanced_classes():
         truth = oracle.two_pass(features, labels, 5, frame, global_mean=report.global_mean)
         oracle.assert_relative(report.nc3_self_duality, truth["nc3_self_duality"], 1e-9)
     assert by_samples.nc3_self_duality > 10 * by_classes.nc3_self_duality
+
+
+class Largest(TorchDispatchMode):
+    """Remember the size of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(part, torch.Tensor):
+                self.elements = max(self.elements, part.numel())
+        return result
+
+
+def test_an_update_makes_no_one_hot_matrix():
+    """A one-hot [N, C] is most of the time of an update with many classes; here nothing is above N·p, C·p."""
+    N, C, p = 500, 1000, 4
+    features, labels = torch.randn(N, p), torch.randint(0, C, (N,))
+    with Largest() as naive:
+        torch.nn.functional.one_hot(labels, C)
+    stats = ncfast.ClassStatistics(C, p)
+    with Largest() as ours:
+        stats.update(features, labels)
+    assert naive.elements == N * C
+    assert 0 < ours.elements <= C * p

@@ -72,10 +72,12 @@ struct PackedRule {
   }
 };
 
-// E of the header, rounded up.
+// E of the header, rounded up; infinite where a partial sum might have left the range of float32.
 double error_bound(const Norms& row, const PackedRule& rule, double depth, int64_t p) {
   constexpr double u = 1.0 / (1 << 24), kUnderflow = 0x1p-120;
+  constexpr double kInRange = 1e37;
   const Norms& v = rule.largest;
+  if (!(row.seen * v.seen + rule.largest_bias < kInRange)) return std::numeric_limits<double>::infinity();
   const double rounding =
       depth * u * (row.seen * v.seen + rule.largest_bias) + u * rule.largest_bias + rule.bias_slack;
   const double error =
