@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ncfast.history import zero_error_epochs
 from ncfast.measure import measure_model
-from ncfast.plotting import plot_history, zero_error_epochs
+from ncfast.plotting import plot_history
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -19,6 +19,22 @@ COLUMNS: dict[str, Any] = {
     **typing.get_type_hints(CollapseReport),
 }
 """What a record holds, with the type of each."""
+
+
+def zero_error_epochs(records: Sequence[Mapping[str, Any]]) -> tuple[int | None, int | None]:
+    """The first epoch of zero training error, and the first from which it stays zero to the end.
+
+    Error may return after its first zero, and may be there at the end: None for an epoch that is not. Epochs
+    whose `train_accuracy` is None are passed over.
+    """
+    known = [record for record in records if record["train_accuracy"] is not None]
+    first = next((record["epoch"] for record in known if record["train_accuracy"] == 1), None)
+    lasting = None
+    for record in reversed(known):
+        if record["train_accuracy"] != 1:
+            break
+        lasting = record["epoch"]
+    return first, lasting
 
 
 def write_history(history: Sequence[Record], path: str | os.PathLike[str]) -> None:

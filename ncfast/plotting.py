@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ncfast.history import zero_error_epochs
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -50,22 +52,6 @@ _PANELS = (
         counts=True,
     ),
 )
-
-
-def zero_error_epochs(records: Sequence[Mapping[str, Any]]) -> tuple[int | None, int | None]:
-    """The first epoch of zero training error, and the first from which it stays zero to the end.
-
-    Error may return after its first zero, and may be there at the end: None for an epoch that is not. Epochs
-    whose `train_accuracy` is None are passed over.
-    """
-    known = [record for record in records if record["train_accuracy"] is not None]
-    first = next((record["epoch"] for record in known if record["train_accuracy"] == 1), None)
-    lasting = None
-    for record in reversed(known):
-        if record["train_accuracy"] != 1:
-            break
-        lasting = record["epoch"]
-    return first, lasting
 
 
 def plot_history(

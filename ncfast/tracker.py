@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ncfast.collapse import CollapseReport, collapse
-from ncfast.history import COLUMNS, Record, check_record, read_history, write_history
+from ncfast.history import COLUMNS, Record, check_record, read_history, write_history, zero_error_epochs
 from ncfast.measure import classifier_of, find_head, measure_model
 from ncfast.statistics import ClassStatistics
 
@@ -191,17 +191,12 @@ class Tracker:
     @property
     def first_zero_error(self) -> int | None:
         """The first epoch of zero training error, where the terminal phase begins; None before it."""
-        return next((record["epoch"] for record in self.history if record["terminal_phase"]), None)
+        return zero_error_epochs(self.history)[0]
 
     @property
     def lasting_zero_error(self) -> int | None:
         """The first epoch from which the training error stays zero up to the last one known; None if not."""
-        first = None
-        for record in reversed([record for record in self.history if record["train_accuracy"] is not None]):
-            if record["train_accuracy"] < 1:
-                break
-            first = record["epoch"]
-        return first
+        return zero_error_epochs(self.history)[1]
 
     def to_pandas(self) -> Any:
         """The history as a pandas.DataFrame, indexed by epoch (needs pandas)."""

@@ -8,7 +8,7 @@ import torch
 from matplotlib.image import imread
 
 from ncfast import cli, demo
-from ncfast.plotting import zero_error_epochs
+from ncfast.history import zero_error_epochs
 
 
 @pytest.fixture

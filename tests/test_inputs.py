@@ -14,8 +14,6 @@ import oracle
 BACKENDS = available("class_scatter")
 # Those that can be forced for all of a measurement.
 WHOLE = sorted({*BACKENDS} & {*available("affine_argmax")} & {*available("pair_geometry")})
-    name for name in BACKENDS if name in available("affine_argmax") and name in available("pair_geometry")
-]
 
 
 def streaming(features, labels, C=3, **options):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from ncfast.plotting import plot_history, zero_error_epochs
+from ncfast.history import zero_error_epochs
+from ncfast.plotting import plot_history
 
 FIELDS = (
     ("nc2_equinorm_means", "nc2_equinorm_classifier"),
