@@ -222,7 +222,7 @@ def _measure_shards(arguments: argparse.Namespace) -> None:
     )
     if arguments.save_state:
         stats.save(arguments.save_state)
-    else:
+    if not arguments.save_state or arguments.json or arguments.csv:
         _write(ncfast.collapse(stats, weight, bias, global_mean=arguments.global_mean), arguments)
 
 

@@ -197,7 +197,9 @@ def measure_model(
         for batch in progress_bar(train_loader, progress, "train"):
             h, y = features_of(batch)
             with rows_from(seen):
+                before = 0 if stats._defers else int(stats.counts.sum())
                 used = ~stats.accumulate(h, y).isnan()
+                stats.recentre(before)
             seen += len(h)
             decided = cast(torch.Tensor, affine_argmax(h[used], W, b))
             correct += int((decided == y[used]).sum())
@@ -432,7 +434,11 @@ def _captured(
 ) -> Iterator[Callable[[Any], tuple[torch.Tensor, torch.Tensor]]]:
     """Yield a function from a batch to (features [N, p], labels [N]), the features entering `head`."""
     entered: list[torch.Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach()))
+
+    def capture(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(next(iter((*args, *kwargs.values()))).detach())
+
+    hook = head.register_forward_pre_hook(capture, with_kwargs=True)
 
     def features_of(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(batch, Sequence) or len(batch) != 2:

@@ -16,6 +16,7 @@ from ncfast.ops.class_scatter import (
     check_features,
     check_label_range,
     check_labels,
+    far_shifts,
     nonfinite_rows,
     shift_dtype,
 )
@@ -27,12 +28,11 @@ _MAGIC = b"ncfast ClassStatistics\n"  # begins a file of `save`; the SHA-256 of 
 class ClassStatistics:
     """Counts, means and within-class scatter of C classes in p dimensions, from any number of batches.
 
-    The state is counts n_c, a shift k_c per class (the first feature seen of it, unless given) and three sums
-    about
-    that shift, all in float64: Σ(h − k_y) [C, p], Σ‖h − k_y‖² [C] and Σ(h − k_y)(h − k_y)ᵀ [p, p]. They add
-    up over batches; the shift keeps every term at the within-class scale, so that nothing cancels however far
-    training has collapsed. `merge` is the exact pairwise formula of Chan, Golub & LeVeque (1983), written
-    about the shift.
+    The state is counts n_c, a shift k_c per class and three sums about that shift, all in float64:
+    Σ(h − k_y) [C, p], Σ‖h − k_y‖² [C] and Σ(h − k_y)(h − k_y)ᵀ [p, p]. They add up over batches. The shift,
+    the first feature seen of a class, keeps every term at the within-class scale, so that nothing cancels
+    however far training has collapsed; where that feature was an outlier, `recentre` moves it to the mean.
+    `merge` is the exact pairwise formula of Chan, Golub & LeVeque (1983), written about the shift.
 
     Averages are the paper's `Ave` operators (Papyan, Han & Donoho, PNAS 2020): Σ_W, Σ_T and μ_G average over
     samples, Σ_B over classes, also when the classes are unbalanced. Classes without a sample are left out.
@@ -47,7 +47,7 @@ class ClassStatistics:
         ignore_index: label of the rows to leave out.
         nonfinite: "error" raises for a row with a NaN or an infinity; "skip" leaves it out and counts it.
         device: where the state lives; the features must be there too.
-        shift: [C, p] floating point, to use instead of the first features; a row of NaN is still to be
+        shift: [C, p] floating point, to start from instead of the first features; a row of NaN is still to be
             chosen.
 
     Raises:
@@ -84,7 +84,7 @@ class ClassStatistics:
         self.shift = zeros.new_full((num_classes, dim), torch.nan, dtype=torch.float32)
         """[C, p] float32 or float64: k_c, NaN until a sample of class c is seen."""
         if shift is not None:
-            self.shift = shift.detach().to(zeros.device, shift_dtype(shift.dtype), copy=True)
+            self.shift = shift.detach().to(zeros.device, shift_dtype(shift.dtype), copy=True).contiguous()
         self.sums = zeros.new_zeros(num_classes, dim)
         """[C, p] float64: Σ(h − k_c)."""
         self.sumsq = zeros
@@ -123,8 +123,24 @@ class ClassStatistics:
                 row.
 
         """
+        before = 0 if self._defers else int(self.counts.sum())
         self._add(features, labels, radii=False)
+        self.recentre(before)
         return self
+
+    def recentre(self, before: int = 0) -> None:
+        """Move far shifts to their class's mean when the count has doubled from `before`; not on a GPU.
+
+        A first feature that is an outlier, a mislabelled one say, would keep every later residual at its
+        distance, and float32 rounding with it.
+        """
+        if self._defers or int(self.counts.sum()).bit_length() == before.bit_length():
+            return
+        far = far_shifts(self.counts, self.sums, self.sumsq)
+        if far.any():
+            shift = torch.where(far[:, None], self.means.to(self.shift.dtype), self.shift)
+            self.sums, self.sumsq, self.scatter = self._about(shift)
+            self.shift = shift
 
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Do what `update` does, and return ‖h_i − k_{y_i}‖ [N], NaN for a row that was left out."""
@@ -139,9 +155,8 @@ class ClassStatistics:
         else:
             shift = self.shift
         if shift.dtype == torch.float64:
-            features = (
-                features.double()
-            )  # rounding a float64 shift would move the origin of the earlier batches
+            # Rounding a float64 shift would move the origin of the earlier batches.
+            features = features.double()
         labels, skipped, refused = self._screened(features, labels)
         distances = None
         if radii:
@@ -173,7 +188,7 @@ class ClassStatistics:
             raise ValueError(f"cannot merge (num_classes, dim, scatter, device) {theirs} into {ours}")
         other._raise_refused()
         shift = self.shift.to(torch.promote_types(self.shift.dtype, other.shift.dtype))
-        shift = torch.where(shift.isnan(), other.shift, shift)
+        shift = torch.where(shift.isnan(), other.shift, shift).contiguous()
         sums, sumsq, scatter = other._about(shift)
         if scatter is not None:
             self.scatter = self._scatter_kept() + scatter
@@ -412,7 +427,7 @@ class ClassStatistics:
                 raise ValueError(f"{name} must be {ours.dtype}, got {theirs.dtype}")
             elif not theirs.isfinite().all() or (name == "counts" and (theirs < 0).any()):
                 raise ValueError(f"{name} holds a number that no samples can leave")
-            loaded[name] = theirs.to(ours.device, copy=True)
+            loaded[name] = theirs.to(ours.device, copy=True).contiguous()
         if not loaded["shift"][loaded["counts"] > 0].isfinite().all():
             raise ValueError("a class that has samples has no shift")
         for name, tensor in loaded.items():

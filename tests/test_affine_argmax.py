@@ -107,6 +107,24 @@ def test_partial_sums_beyond_float32(backend):
     assert_decides(backend, features, weight, 1e38 * torch.randn(6, generator=generator))
 
 
+def test_exact_ties_of_centers(backend):
+    """Small integers: distances are exact, and half of the samples lie between two centres."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        means = torch.randint(-4, 5, (5, 2), generator=generator).double()
+        features = torch.randint(-8, 9, (30, 2), generator=generator) / 2
+        with backends.forced("affine_argmax", backend):
+            decided = ncfast.nearest_class_center(features, means)
+        distances = (features.double()[:, None] - means).square().sum(2)
+        assert torch.equal(decided, distances.argmin(1))
+
+
+def test_denormals_times_huge_weights(backend):
+    generator = torch.Generator().manual_seed(0)
+    features = 1e-44 * torch.randn(50, 3, dtype=torch.float64, generator=generator)
+    assert_decides(backend, features, 1e30 * torch.randn(6, 3, dtype=torch.float64, generator=generator))
+
+
 def test_nan_rows_give_an_index_in_range(backend):
     features = torch.randn(6, 5)
     features[1], features[4, 2] = torch.nan, torch.inf

@@ -371,3 +371,36 @@ def test_one_absurd_label_is_not_a_million_classes(case):
         ncfast.measure(features, labels)
     labels[3] = 900
     assert ncfast.measure(features, labels).num_absent == 901 - 5
+
+
+def test_means_that_coincide_to_rounding_have_no_geometry():
+    features, _ = oracle.clustered(1, 5, 100, 1.0)
+    both = torch.cat([features, features.flip(0)])
+    for dtype in (torch.float32, torch.float64):
+        report = ncfast.measure(both.to(dtype), torch.arange(200) // 100)
+        assert report.nc1 is None
+        assert report.trace_ratio is None
+        assert report.trace_between == 0.0
+        assert report.trace_within > 0.1
+
+
+def test_tiny_differences_of_weights_give_no_false_certificate():
+    features = torch.tensor(
+        [[1.0, 0.0], [1.1, 0.0], [-0.5, 0.0], [-1.0, 0.0], [-1.1, 0.0]], dtype=torch.float64
+    )
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64) * 1e-170
+    reports = [ncfast.measure(features, labels, weight, certificates=flag) for flag in (True, False)]
+    oracle.assert_reports_agree(*reports, 0.0, skip={"certified_share", "etf_error_classifier"})
+    assert reports[0].train_accuracy == 0.8
+
+
+def test_a_head_called_by_keyword(loader):
+    class ByKeyword(Net):
+        def forward(self, x):
+            return self.head(input=self.body(x))
+
+    model = ByKeyword()
+    by_position = Net()
+    by_position.load_state_dict(model.state_dict())
+    assert ncfast.measure_model(model, loader) == ncfast.measure_model(by_position, loader)

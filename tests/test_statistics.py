@@ -268,13 +268,17 @@ def test_mixed_dtypes_in_one_stream():
     oracle.assert_within(stats.means, truth["means"], 20 * 2.0**-24)
 
 
-def test_a_given_shift_is_kept():
+def test_a_given_shift_is_kept_while_it_is_near():
     features, labels = oracle.clustered(3, 4, 60, 1.0, dtype=torch.float64)
-    shift = torch.randn(3, 4, dtype=torch.float64)
-    stats = ncfast.ClassStatistics(3, 4, shift=shift).update(features, labels)
-    assert torch.equal(stats.shift, shift)
-    assert stats.shift is not shift
-    assert_same_statistics(stats, streamed(features, labels, 3))
+    whole = streamed(features, labels, 3)
+    near = (whole.means + 0.1).contiguous()
+    stats = ncfast.ClassStatistics(3, 4, shift=near).update(features, labels)
+    assert torch.equal(stats.shift, near)
+    assert stats.shift is not near
+    assert_same_statistics(stats, whole)
+    far = ncfast.ClassStatistics(3, 4, shift=near + 1e3).update(features, labels)
+    oracle.assert_within(far.shift, whole.means, 1e-9)  # moved to the means
+    oracle.assert_within(far.within_covariance, whole.within_covariance, 60 * EPS * 1e6 * 4)
 
 
 def test_accumulate_returns_the_distance_to_the_shift():
@@ -415,3 +419,36 @@ def test_deferring_does_not_change_the_numbers():
     for h, y in zip(features.split(7), labels.split(7), strict=True):
         stats.update(h, y)
     assert bits(stats) == bits(streamed(features, labels, 3, batch=7))
+
+
+# ---- shifts that are not near their class ----
+
+
+@pytest.mark.parametrize("batch", [64, 512, 200_000])
+@pytest.mark.parametrize("spread", [1e-1, 1e-3, 1e-6])
+def test_a_mislabelled_first_sample_costs_no_digits(batch, spread):
+    """The first feature of every class belongs to another: the shift must not stay there."""
+    features, labels = oracle.clustered(2, 16, 200_000, spread)
+    features[:2] = features[:2].flip(0)
+    stats = streamed(features, labels, 2, batch=batch)
+    truth = oracle.two_pass(features, labels, 2)
+    oracle.assert_relative(stats.trace_within, truth["trace_within"], oracle.STREAM_BOUND, "trace")
+    # The stray samples make up nearly all of NC1: each is a single product of precision "high".
+    oracle.assert_relative(ncfast.collapse(stats).nc1, truth["nc1"], oracle.HIGH, "nc1")
+    # They were 10 or more from the means; a batch's own mean is nearer by its count.
+    assert ((stats.shift.double() - truth["means"]).norm(dim=1) <= 1.0).all()
+
+
+def test_shifts_and_states_of_any_strides():
+    features, labels = oracle.clustered(5, 8, 10, 1.0)
+    shift = torch.randn(8, 5).T
+    ours = ncfast.ClassStatistics(5, 8, shift=shift).update(features, labels).update(features, labels)
+    theirs = ncfast.ClassStatistics(5, 8, shift=shift.contiguous())
+    theirs.update(features, labels).update(features, labels)
+    assert torch.equal(ours.means, theirs.means)
+    state = theirs.state_dict()
+    for name in ("shift", "sums", "scatter"):
+        state[name] = state[name].T.contiguous().T
+    resumed = ncfast.ClassStatistics(5, 8)
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.update(features, labels).means, theirs.update(features, labels).means)

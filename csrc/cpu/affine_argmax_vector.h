@@ -70,7 +70,8 @@ struct FloatArgmax {
       return;
     }
     const double norm = centre<Feature, W>(features, middle, p, out);
-    *norms = {norm, kRounded * norm, 0};
+    // A denormal is rounded absolutely.
+    *norms = {norm, kRounded * norm + std::sqrt(static_cast<double>(p)) * 0x1p-126, 0};
   }
 
   static size_t scratch(int64_t rows) { return static_cast<size_t>(rows) * 3 * sizeof(V); }

@@ -82,6 +82,9 @@ def center_rule(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     means = means.detach().double()
     middle = means.mean(0)
+    # A middle of few bits: subtracting it from means of few bits is exact, so that ties remain ties.
+    coarse = middle.to(torch.bfloat16).double()
+    middle = torch.where(coarse.isfinite(), coarse, middle)
     centred = means - middle
     return centred, -0.5 * centred.square().sum(1) - centred @ middle
 

@@ -133,7 +133,8 @@ def accumulate(
     """
     backend = dispatch.select("class_scatter", features)
     in_place = getattr(sys.modules[backend.__module__], "accumulate", None)
-    if in_place is not None:
+    # The first batch chooses most shifts: it goes where a bad choice can be mended.
+    if in_place is not None and state.counts.any():
         in_place(state, features, labels, shift, precision=precision, ignore_index=ignore_index)
     else:
         accumulate_by_adding(class_scatter, state, features, labels, shift, precision, ignore_index)
@@ -164,6 +165,21 @@ def accumulate_by_adding(
         )
         if features.device.type == "cpu" and not batch.sumsq.isfinite().all():
             raise_for_nonfinite(features, labels, ignore_index)
+        if overwritten is not None and features.device.type == "cpu":
+            far = far_shifts(batch.counts, batch.sums, batch.sumsq) & (state.counts == 0)
+            if far.any():
+                means = shift.double() + batch.sums / batch.counts[:, None]
+                chosen = torch.where(far[:, None], means.to(shift.dtype), shift)
+                batch = run(
+                    features,
+                    labels,
+                    chosen,
+                    scatter=state.scatter is not None,
+                    radii=state.radii is not None,
+                    precision=precision,
+                    ignore_index=ignore_index,
+                )
+                shift.copy_(chosen)
     except BaseException:
         if overwritten is not None:
             shift[y] = overwritten
@@ -197,6 +213,13 @@ def _choose_shift(
     overwritten = shift[y]
     shift[y] = torch.where(chosen[y][:, None], source, overwritten)
     return overwritten, y
+
+
+def far_shifts(counts: torch.Tensor, sums: torch.Tensor, sumsq: torch.Tensor) -> torch.Tensor:
+    """[C] bool: the classes whose shift is more than two standard deviations from their mean."""
+    n = counts.clamp(min=1)
+    drift = (sums / n[:, None]).square().sum(1)  # ‖μ_c − k_c‖²
+    return drift > 4 * (sumsq / n - drift).clamp(min=0.0)
 
 
 def shift_dtype(features_dtype: torch.dtype) -> torch.dtype:

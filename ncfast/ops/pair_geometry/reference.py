@@ -58,8 +58,10 @@ def decision_radius(
     for i, a in enumerate(classes.tolist()):
         difference = weight[a] - weight
         lead = difference @ anchors[i] + (bias[a] - bias)
-        length = difference.norm(dim=1)
-        same = length == 0  # no boundary: the larger bias wins everywhere, then the lower index
+        largest = difference.abs().amax(1)
+        # Scaled before it is squared: a tiny difference must not underflow to none.
+        length = largest * (difference / largest[:, None]).norm(dim=1)
+        same = largest == 0  # no boundary: the larger bias wins everywhere, then the lower index
         wins = (lead > 0) | ((lead == 0) & (every > a))
         distance = torch.where(same, torch.where(wins, torch.inf, -torch.inf), lead / length)
         distance[a] = torch.inf
