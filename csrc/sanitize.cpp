@@ -1,4 +1,4 @@
-// The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set of this
+// class_scatter under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set of this
 // machine: `make sanitize`. Buffers are exactly as large as the contract says, so that one element too many
 // is found. It checks counts and the bounds of memory; the values are the business of tests/.
 #include <cstdio>

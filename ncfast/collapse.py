@@ -194,7 +194,7 @@ def _nc1(stats: ClassStatistics, centred: torch.Tensor) -> torch.Tensor:
         vectors = frame.T @ (vectors / values.clamp(min=0.0).sqrt())
     else:
         values, vectors = torch.linalg.eigh(frame.T @ frame)
-    # The rounding error of eigh, and what torch.linalg.pinv(hermitian=True) deletes of Σ_B in float64.
+    # The rounding error of eigh, of the [C, C] problem or of the [p, p] one.
     kept = values > max(C, p) * torch.finfo(torch.float64).eps * values[-1]
     values, vectors = values[kept], vectors[:, kept]
     if len(values) == 0:

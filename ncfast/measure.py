@@ -30,9 +30,8 @@ Array = torch.Tensor | np.ndarray
 T = TypeVar("T")
 
 _CHUNK = 1 << 26  # elements of the features handled at once: bounds what the float64 reference holds
-_SHIFT_ROWS = (
-    16  # rows per class behind the shift: its distance from the mean is then σ/4, and so are the radii's
-)
+# Rows per class behind the shift: its distance from the mean, and what it adds to the radii, is then σ/4.
+_SHIFT_ROWS = 16
 
 
 def measure(
@@ -197,10 +196,11 @@ def measure_model(
         for batch in progress_bar(train_loader, progress, "train"):
             h, y = features_of(batch)
             with rows_from(seen):
-                before = 0 if stats._defers else int(stats.counts.sum())
-                used = ~stats.accumulate(h, y).isnan()
-                stats.recentre(before)
+                stats.update(h, y)
             seen += len(h)
+            used = y != ignore_index
+            if nonfinite == "skip":
+                used &= ~nonfinite_rows(h)
             decided = cast(torch.Tensor, affine_argmax(h[used], W, b))
             correct += int((decided == y[used]).sum())
             if once and test_loader is None:

@@ -31,7 +31,7 @@ class ClassStatistics:
     The state is counts n_c, a shift k_c per class and three sums about that shift, all in float64:
     Σ(h − k_y) [C, p], Σ‖h − k_y‖² [C] and Σ(h − k_y)(h − k_y)ᵀ [p, p]. They add up over batches. The shift,
     the first feature seen of a class, keeps every term at the within-class scale, so that nothing cancels
-    however far training has collapsed; where that feature was an outlier, `recentre` moves it to the mean.
+    however far training has collapsed; where that feature was an outlier, `update` moves it to the mean.
     `merge` is the exact pairwise formula of Chan, Golub & LeVeque (1983), written about the shift.
 
     Averages are the paper's `Ave` operators (Papyan, Han & Donoho, PNAS 2020): Σ_W, Σ_T and μ_G average over
@@ -123,19 +123,22 @@ class ClassStatistics:
                 row.
 
         """
-        before = 0 if self._defers else int(self.counts.sum())
+        doublings = self._doublings()
         self._add(features, labels, radii=False)
-        self.recentre(before)
+        if self._doublings() != doublings:
+            self._recentre()
         return self
 
-    def recentre(self, before: int = 0) -> None:
-        """Move far shifts to their class's mean when the count has doubled from `before`; not on a GPU.
+    def _doublings(self) -> int:
+        """How often the number of samples has doubled; 0 on a GPU, where it is not known on the host."""
+        return 0 if self._defers else int(self.counts.sum()).bit_length()
+
+    def _recentre(self) -> None:
+        """Move far shifts to their class's mean.
 
         A first feature that is an outlier, a mislabelled one say, would keep every later residual at its
         distance, and float32 rounding with it.
         """
-        if self._defers or int(self.counts.sum()).bit_length() == before.bit_length():
-            return
         far = far_shifts(self.counts, self.sums, self.sumsq)
         if far.any():
             shift = torch.where(far[:, None], self.means.to(self.shift.dtype), self.shift)
@@ -143,7 +146,10 @@ class ClassStatistics:
             self.shift = shift
 
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Do what `update` does, and return ‖h_i − k_{y_i}‖ [N], NaN for a row that was left out."""
+        """Add a batch and return ‖h_i − k_{y_i}‖ [N], NaN for a row that was left out.
+
+        As `update`, but a shift once chosen stays, so that the distances of all batches are about the same.
+        """
         return cast(torch.Tensor, self._add(features, labels, radii=True))
 
     def _add(self, features: torch.Tensor, labels: torch.Tensor, radii: bool) -> torch.Tensor | None:
@@ -465,6 +471,8 @@ class ClassStatistics:
         if hashlib.sha256(content[start:]).digest() != content[len(_MAGIC) : start]:
             raise ValueError(f"{path} is damaged or was cut short: its checksum does not agree")
         state = torch.load(io.BytesIO(content[start:]), map_location=device, weights_only=True)
+        if not isinstance(state, dict) or not {"sums", "scatter"} <= set(state):
+            raise ValueError(f"{path} is not a ClassStatistics file")
         num_classes, dim = state["sums"].shape
         stats = cls(num_classes, dim, scatter=state["scatter"] is not None, device=device, **options)
         stats.load_state_dict(state)

@@ -1,5 +1,6 @@
 """States in files: killed runs resume bit for bit; what is cut short, damaged or foreign is refused."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -145,3 +146,16 @@ def test_values_that_no_samples_can_leave_are_refused(saved, entry, value, words
     with pytest.raises(ValueError, match=words):
         other.load_state_dict(state | {entry: value})
     assert other.num_samples == 0
+
+
+@pytest.mark.parametrize("content", [{"weights": torch.zeros(2)}, [1, 2], {"sums": torch.zeros(2, 3)}])
+def test_a_whole_file_of_something_else_is_refused(content, tmp_path):
+    """The magic line and the checksum agree; what they guard is no state."""
+    path = tmp_path / "part.state"
+    ncfast.ClassStatistics(2, 3).save(path)
+    magic = path.read_bytes().split(b"\n")[0] + b"\n"
+    archive = io.BytesIO()
+    torch.save(content, archive)
+    path.write_bytes(magic + hashlib.sha256(archive.getvalue()).digest() + archive.getvalue())
+    with pytest.raises(ValueError, match="is not a ClassStatistics file"):
+        ncfast.ClassStatistics.load(path)

@@ -117,6 +117,14 @@ def test_map_and_reduce_by_the_shell(folder, tmp_path):
     assert ncfast.ClassStatistics.load(merged).num_samples == sum(SIZES)
 
 
+def test_a_saved_state_does_not_replace_the_report(folder, tmp_path):
+    state, out = tmp_path / "all.state", tmp_path / "report.json"
+    command = ["measure", str(folder), "--num-classes", str(C), "--save-state", str(state)]
+    assert cli.main([*command, "--json", str(out)]) == 0
+    assert_is_the_whole(json.loads(out.read_text()))
+    assert ncfast.ClassStatistics.load(state).num_samples == sum(SIZES)
+
+
 def test_map_and_reduce_by_dask(tmp_path):
     """One task per shard; states travel by pickle between the workers' processes and are merged."""
     features, labels = whole()

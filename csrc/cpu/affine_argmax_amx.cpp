@@ -22,9 +22,6 @@
 namespace ncfast {
 namespace {
 
-struct BFloat16 {};
-struct Float16 {};
-
 #include "cpu/affine_argmax_vector.h"
 
 constexpr int kTile = 1024, kSide = 32;

@@ -14,26 +14,11 @@
 namespace ncfast {
 namespace {
 
-struct BFloat16 {};
-struct Float16 {};
-
 #include "cpu/affine_argmax_vector.h"
 
 }  // namespace
 
-const ArgmaxBody* argmax_body_avx512(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::float32:
-      return FloatArgmax<float, 16, 3, 8>::body();
-    case Dtype::bfloat16:
-      return FloatArgmax<BFloat16, 16, 3, 8>::body();
-    case Dtype::float16:
-      return FloatArgmax<Float16, 16, 3, 8>::body();
-    case Dtype::float64:
-      return FloatArgmax<double, 16, 3, 8>::body();
-  }
-  return nullptr;
-}
+const ArgmaxBody* argmax_body_avx512(Dtype dtype) { return float_argmax<16, 3, 8>(dtype); }
 
 }  // namespace ncfast
 

@@ -153,3 +153,18 @@ struct FloatArgmax {
     return &table;
   }
 };
+
+template <int W, int A, int R>
+const ArgmaxBody* float_argmax(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32:
+      return FloatArgmax<float, W, A, R>::body();
+    case Dtype::bfloat16:
+      return FloatArgmax<BFloat16, W, A, R>::body();
+    case Dtype::float16:
+      return FloatArgmax<Float16, W, A, R>::body();
+    case Dtype::float64:
+      return FloatArgmax<double, W, A, R>::body();
+  }
+  return nullptr;
+}

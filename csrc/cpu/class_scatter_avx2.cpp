@@ -12,9 +12,6 @@
 namespace ncfast {
 namespace {
 
-struct BFloat16 {};
-struct Float16 {};
-
 #include "cpu/class_scatter_vector.h"
 
 }  // namespace

@@ -6,6 +6,9 @@
 // A vectors (columns i of the scatter) x B broadcasts (rows j) over all rows of the block and then adds it to
 // the float64 scatter: no float32 sum is longer than a block.
 
+struct BFloat16 {};
+struct Float16 {};
+
 template <class Real, int W>
 using Vec [[gnu::vector_size(W * sizeof(Real))]] = Real;
 

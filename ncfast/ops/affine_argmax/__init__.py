@@ -34,20 +34,13 @@ def affine_argmax(
     Source: Papyan, Han & Donoho (PNAS 2020), NC4: the network classifier is (W, b); the nearest-class-centre
     rule argmin_c ‖h − μ_c‖ is (μ, −½‖μ_c‖²).
     """
-    single = isinstance(weight, torch.Tensor)
-    weights = [weight] if single else list(weight)
-    biases = [bias] if single else [None] * len(weights) if bias is None else list(bias)
     check_features(features)
-    if len(weights) != len(biases):
-        raise ValueError(f"got {len(weights)} weights but {len(biases)} biases")
-    rules = [_checked_rule(features, v, b) for v, b in zip(weights, biases, strict=True)]
-    if features.shape[0] == 0 or not rules:
-        decisions = tuple(
-            torch.empty(features.shape[0], dtype=torch.int64, device=features.device) for _ in rules
-        )
-    else:
-        decisions = dispatch.select("affine_argmax", features)(features.detach(), rules)
-    return decisions[0] if single else decisions
+    if isinstance(weight, torch.Tensor):
+        return _decide(features, [_checked_rule(features, weight, bias)])[0]
+    biases = [None] * len(weight) if bias is None else list(bias)
+    if len(weight) != len(biases):
+        raise ValueError(f"got {len(weight)} weights but {len(biases)} biases")
+    return _decide(features, [_checked_rule(features, v, b) for v, b in zip(weight, biases, strict=True)])
 
 
 def nearest_class_center(features: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
@@ -92,7 +85,7 @@ def center_rule(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _decide(
     features: torch.Tensor, rules: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor, ...]:
-    if features.shape[0] == 0:
+    if features.shape[0] == 0 or not rules:
         return tuple(torch.empty(0, dtype=torch.int64, device=features.device) for _ in rules)
     return dispatch.select("affine_argmax", features)(features.detach(), rules)
 

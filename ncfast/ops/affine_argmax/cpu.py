@@ -1,5 +1,4 @@
-"""affine_argmax in C++ (csrc/cpu/affine_argmax.h): low precision decides, within a proven bound; float64 the
-rest.
+"""affine_argmax in C++ (csrc/cpu/affine_argmax.h): low precision decides within a proven bound.
 
 The ladder: one bfloat16 per number, then two, on AMX, or float32 elsewhere; then float64 matrix products;
 then what even their rounding leaves open, ties among them, by the reference. A rung passes on the rows whose
@@ -38,7 +37,7 @@ def affine_argmax(
     rules: Sequence[tuple[torch.Tensor, torch.Tensor]],  # (V [C, p], b [C]) each
 ) -> tuple[torch.Tensor, ...]:  # [N] int64 each
     """Decide on the fastest instruction set here, or NCFAST_CPU_ISA."""
-    from ncfast import _cpu
+    import ncfast._cpu as _cpu
 
     if features.shape[1] > 1 and features.stride(1) != 1:
         features = features.contiguous()

@@ -1,6 +1,7 @@
 """class_scatter: counts, sums, sums of squares and the scatter matrix of every class, in one pass."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -137,7 +138,7 @@ def accumulate(
     if in_place is not None and state.counts.any():
         in_place(state, features, labels, shift, precision=precision, ignore_index=ignore_index)
     else:
-        accumulate_by_adding(class_scatter, state, features, labels, shift, precision, ignore_index)
+        accumulate_by_adding(backend, state, features, labels, shift, precision, ignore_index)
 
 
 def accumulate_by_adding(
@@ -149,20 +150,21 @@ def accumulate_by_adding(
     precision: str,
     ignore_index: int,
 ) -> None:
-    """Do what `accumulate` does through temporaries: `run` the operation, then add its result."""
+    """Do what `accumulate` does through temporaries: `run` a backend's operation, then add its result."""
+    sums_about = functools.partial(
+        run,
+        features,
+        labels,
+        scatter=state.scatter is not None,
+        radii=state.radii is not None,
+        precision=precision,
+        ignore_index=ignore_index,
+    )
     if features.device.type == "cpu":
         check_label_range(labels, shift.shape[0], ignore_index)
     overwritten, y = _choose_shift(shift, features, labels, ignore_index)
     try:
-        batch = run(
-            features,
-            labels,
-            shift,
-            scatter=state.scatter is not None,
-            radii=state.radii is not None,
-            precision=precision,
-            ignore_index=ignore_index,
-        )
+        batch = sums_about(shift)
         if features.device.type == "cpu" and not batch.sumsq.isfinite().all():
             raise_for_nonfinite(features, labels, ignore_index)
         if overwritten is not None and features.device.type == "cpu":
@@ -170,15 +172,7 @@ def accumulate_by_adding(
             if far.any():
                 means = shift.double() + batch.sums / batch.counts[:, None]
                 chosen = torch.where(far[:, None], means.to(shift.dtype), shift)
-                batch = run(
-                    features,
-                    labels,
-                    chosen,
-                    scatter=state.scatter is not None,
-                    radii=state.radii is not None,
-                    precision=precision,
-                    ignore_index=ignore_index,
-                )
+                batch = sums_about(chosen)
                 shift.copy_(chosen)
     except BaseException:
         if overwritten is not None:

@@ -78,28 +78,24 @@ def _run(
         shift = shift.contiguous()
     N, p = features.shape
     refusal: str = _cpu.class_scatter(
-        features.data_ptr(),
-        _name(features.dtype),
-        N,
-        p,
-        features.stride(0) * features.element_size(),
-        labels.data_ptr(),
-        labels.element_size(),
-        labels.stride(0) * labels.element_size(),
-        ignore_index,
-        shift.data_ptr(),
-        shift.shape[0],
-        precision,
-        result.counts.data_ptr(),
-        result.sums.data_ptr(),
-        result.sumsq.data_ptr(),
-        0 if result.scatter is None else result.scatter.data_ptr(),
-        0 if result.radii is None else result.radii.data_ptr(),
-        torch.get_num_threads(),
-        update,
+        features=features.data_ptr(),
+        dtype=str(features.dtype).removeprefix("torch."),
+        N=N,
+        p=p,
+        row_bytes=features.stride(0) * features.element_size(),
+        labels=labels.data_ptr(),
+        label_size=labels.element_size(),
+        label_bytes=labels.stride(0) * labels.element_size(),
+        ignore_index=ignore_index,
+        shift=shift.data_ptr(),
+        C=shift.shape[0],
+        precision=precision,
+        counts=result.counts.data_ptr(),
+        sums=result.sums.data_ptr(),
+        sumsq=result.sumsq.data_ptr(),
+        scatter=0 if result.scatter is None else result.scatter.data_ptr(),
+        radii=0 if result.radii is None else result.radii.data_ptr(),
+        threads=torch.get_num_threads(),
+        update=update,
     )
     return refusal
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -47,9 +47,8 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None = None) 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree; C < 2.
 
-    Source: cosines: Papyan, Han & Donoho (PNAS 2020), Figs. 3 and 4; CDNV: Galanti, György & Hutter (ICLR
-    2022);
-    logarithmic kernel: Liu et al. (ICLR 2023) and Wu & Papyan (NeurIPS 2024).
+    Source: cosines: Papyan, Han & Donoho (PNAS 2020), Figs. 3 and 4; CDNV: Galanti, György & Hutter
+    (ICLR 2022); logarithmic kernel: Liu et al. (ICLR 2023) and Wu & Papyan (NeurIPS 2024).
     """
     _check_rows(vectors, "vectors", minimum=2)
     if variances is not None:
