@@ -13,6 +13,7 @@
 #include "cpu/affine_argmax.h"
 #include "cpu/class_scatter.h"
 #include "cpu/isa.h"
+#include "cpu/pair_geometry.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -47,8 +48,8 @@ const std::vector<ncfast::Isa> kEvery = {ncfast::Isa::portable, ncfast::Isa::avx
 #else
 const std::vector<ncfast::Isa> kEvery = {ncfast::Isa::portable};
 #endif
-const std::map<std::string, std::vector<ncfast::Isa>> kBodies = {{"class_scatter", kEvery},
-                                                                 {"affine_argmax", kEvery}};
+const std::map<std::string, std::vector<ncfast::Isa>> kBodies = {
+    {"class_scatter", kEvery}, {"affine_argmax", kEvery}, {"pair_geometry", kEvery}};
 
 ncfast::Isa selected(const std::string& operation) { return ncfast::select(named(kBodies, operation)); }
 
@@ -130,6 +131,46 @@ void affine_argmax(Address features, const std::string& dtype, int64_t N, int64_
   ncfast::affine_argmax(call, isa, threads, Interruptible());
 }
 
+void pair_geometry(Address vectors, int64_t C, int64_t p, Address variances, Address statistics,
+                   Address nearest_distance, Address nearest_index, int threads) {
+  const ncfast::PairGeometry call = {C,
+                                     p,
+                                     at<double>(vectors),
+                                     at<double>(variances),
+                                     at<ncfast::PairStatistics>(statistics),
+                                     at<double>(nearest_distance),
+                                     at<int64_t>(nearest_index)};
+  const ncfast::Isa isa = selected("pair_geometry");
+  py::gil_scoped_release release;
+  ncfast::pair_geometry(call, isa, threads, Interruptible());
+}
+
+double gram_residual(Address left, Address right, int64_t C, int64_t p, double diagonal, double off_diagonal,
+                     int threads) {
+  double squares;
+  const ncfast::GramResidual call = {C,       p, at<double>(left), at<double>(right), diagonal, off_diagonal,
+                                     &squares};
+  const ncfast::Isa isa = selected("pair_geometry");
+  py::gil_scoped_release release;
+  ncfast::gram_residual(call, isa, threads, Interruptible());
+  return squares;
+}
+
+void decision_radius(Address weight, Address bias, int64_t C, int64_t p, Address anchors, Address classes,
+                     int64_t A, Address radii, int threads) {
+  const ncfast::DecisionRadius call = {C,
+                                       p,
+                                       A,
+                                       at<double>(weight),
+                                       at<double>(bias),
+                                       at<double>(anchors),
+                                       at<int64_t>(classes),
+                                       at<double>(radii)};
+  const ncfast::Isa isa = selected("pair_geometry");
+  py::gil_scoped_release release;
+  ncfast::decision_radius(call, isa, threads, Interruptible());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -160,4 +201,10 @@ PYBIND11_MODULE(_cpu, m) {
         "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "threads"_a, "update"_a);
   m.def("affine_argmax", &affine_argmax, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "middle"_a,
         "rules"_a, "threads"_a);
+  m.def("pair_geometry", &pair_geometry, "vectors"_a, "C"_a, "p"_a, "variances"_a, "statistics"_a,
+        "nearest_distance"_a, "nearest_index"_a, "threads"_a);
+  m.def("gram_residual", &gram_residual, "left"_a, "right"_a, "C"_a, "p"_a, "diagonal"_a, "off_diagonal"_a,
+        "threads"_a);
+  m.def("decision_radius", &decision_radius, "weight"_a, "bias"_a, "C"_a, "p"_a, "anchors"_a, "classes"_a,
+        "A"_a, "radii"_a, "threads"_a);
 }

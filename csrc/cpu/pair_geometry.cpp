@@ -1,0 +1,243 @@
+#include "cpu/pair_geometry.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/pool.h"
+
+namespace ncfast {
+namespace {
+
+constexpr int64_t kTasksPerPoll = 32;
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+const PairBody& body_of(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return *pair_body_avx2();
+    case Isa::avx512:
+    case Isa::amx:  // tiles have no float64
+      return *pair_body_avx512();
+#endif
+    default:
+      return *pair_body_portable();
+  }
+}
+
+struct Free {
+  void operator()(double* memory) const { std::free(memory); }
+};
+using Buffer = std::unique_ptr<double, Free>;
+
+Buffer allocate(int64_t count) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 4096, count * sizeof(double))) throw std::bad_alloc();
+  return Buffer(static_cast<double*>(memory));
+}
+
+// tasks(i, slot) for i in [0, count), polling in between.
+void run_tasks(int threads, int64_t count, const std::function<void()>& poll,
+               const std::function<void(int64_t, int)>& task) {
+  for (int64_t first = 0; first < count; first += kTasksPerPoll) {
+    parallel_for(threads, std::min(kTasksPerPoll, count - first),
+                 [&](int64_t i, int slot) { task(first + i, slot); });
+    poll();
+  }
+}
+
+// Rows, gathered by `chosen` if that is given, in panels.
+class Panels {
+ public:
+  Panels(const double* vectors, int64_t rows, int64_t p, int threads, const int64_t* chosen = nullptr)
+      : p_(p), data_(allocate(round_up(rows, kSide) * p)) {
+    parallel_for(threads, round_up(rows, kSide) / kPanelRows, [&](int64_t panel, int) {
+      double* out = data_.get() + panel * kPanelRows * p;
+      const double* from[kPanelRows];
+      for (int r = 0; r < kPanelRows; r++) {
+        const int64_t row = panel * kPanelRows + r;
+        from[r] = row < rows ? vectors + (chosen ? chosen[row] : row) * p : nullptr;
+      }
+      for (int64_t k = 0; k < p; k++) {
+        for (int r = 0; r < kPanelRows; r++) out[k * kPanelRows + r] = from[r] ? from[r][k] : 0;
+      }
+    });
+  }
+
+  const double* from(int64_t row) const { return data_.get() + row * p_; }
+
+ private:
+  const int64_t p_;
+  const Buffer data_;
+};
+
+std::vector<double> squares_of(const PairBody& body, const double* vectors, int64_t rows, int64_t p,
+                               int threads) {
+  std::vector<double> squares(round_up(rows, kSide));
+  parallel_for(threads, (rows + kSide - 1) / kSide, [&](int64_t block, int) {
+    const int64_t first = block * kSide;
+    body.squares(vectors + first * p, std::min<int64_t>(kSide, rows - first), p, &squares[first]);
+  });
+  return squares;
+}
+
+std::vector<double> roots_of(const std::vector<double>& squares) {
+  std::vector<double> roots(squares.size());
+  std::transform(squares.begin(), squares.end(), roots.begin(),
+                 [](double square) { return std::sqrt(square); });
+  return roots;
+}
+
+// The number of threads worth waking for so many multiplications.
+int threads_for(int threads, double work) { return work < 1 << 18 ? 1 : threads; }
+
+}  // namespace
+
+// Chan's formula.
+void merge(PairSums* sums, const PairSums& other) {
+  const double pairs = sums->pairs + other.pairs;
+  if (sums->pairs > 0) {
+    const double share = sums->pairs * other.pairs / pairs;
+    const double deviation = other.deviation / other.pairs - sums->deviation / sums->pairs;
+    const double kernel = other.kernel / other.pairs - sums->kernel / sums->pairs;
+    sums->deviation_squares += deviation * deviation * share;
+    sums->kernel_squares += kernel * kernel * share;
+  }
+  sums->pairs = pairs;
+  sums->deviation += other.deviation;
+  sums->deviation_squares += other.deviation_squares;
+  sums->absolute += other.absolute;
+  sums->kernel += other.kernel;
+  sums->kernel_squares += other.kernel_squares;
+  sums->low = std::min(sums->low, other.low);
+  sums->high = std::max(sums->high, other.high);
+  sums->cdnv += other.cdnv;
+}
+
+void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::function<void()>& poll) {
+  const PairBody& body = body_of(isa);
+  const int64_t C = call.C, p = call.p, blocks = (C + kSide - 1) / kSide;
+  threads = threads_for(threads, 0.5 * C * C * p);
+  const Panels panels(call.vectors, C, p, threads);
+  const std::vector<double> squares = squares_of(body, call.vectors, C, p, threads);
+  std::vector<double> inverse(squares.size()), variances(squares.size());
+  for (int64_t c = 0; c < C; c++) {
+    inverse[c] = squares[c] > 0 ? 1 / std::sqrt(squares[c]) : kNan;
+    if (call.variances) variances[c] = call.variances[c];
+  }
+  const PairRows rows = {C, p, call.vectors, squares.data(), inverse.data(), variances.data()};
+  std::vector<Nearest> nearest(threads * C, {kInfinity, std::numeric_limits<int64_t>::max()});
+  std::vector<PairSums> sums(blocks);
+  const Buffer tiles = allocate(int64_t{threads} * kSide * kSide);
+  run_tasks(threads, blocks, poll, [&](int64_t block, int slot) {
+    double* tile = tiles.get() + slot * kSide * kSide;
+    const int64_t I = block * kSide;
+    for (int64_t J = I; J < C; J += kSide) {
+      body.products(panels.from(I), panels.from(J), p, tile);
+      body.reduce_pairs(rows, I, J, tile, &nearest[slot * C], &sums[block]);
+    }
+  });
+  PairSums all;
+  for (const PairSums& own : sums) {
+    if (own.pairs > 0) merge(&all, own);
+  }
+  for (int64_t c = 0; c < C; c++) {
+    Nearest best = nearest[c];
+    for (int slot = 1; slot < threads; slot++) {
+      const Nearest& other = nearest[slot * C + c];
+      if (other.square < best.square || (other.square == best.square && other.index < best.index))
+        best = other;
+    }
+    const bool found = best.index < C;  // nothing is nearest to a row with a NaN
+    call.nearest_distance[c] = found ? std::sqrt(best.square) : kNan;
+    call.nearest_index[c] = found ? best.index : 0;
+  }
+  const double deviation = all.deviation / all.pairs, simplex = 1.0 / static_cast<double>(C - 1);
+  const bool directed = !std::isnan(deviation);
+  *call.statistics = {deviation - simplex,
+                      std::sqrt(all.deviation_squares / all.pairs),
+                      directed ? all.low : kNan,
+                      directed ? all.high : kNan,
+                      all.absolute / all.pairs,
+                      all.kernel / all.pairs,
+                      std::sqrt(all.kernel_squares / all.pairs),
+                      all.cdnv / all.pairs};
+}
+
+void gram_residual(const GramResidual& call, Isa isa, int threads, const std::function<void()>& poll) {
+  const PairBody& body = body_of(isa);
+  const int64_t C = call.C, p = call.p, blocks = (C + kSide - 1) / kSide;
+  const bool symmetric = call.left == call.right;
+  threads = threads_for(threads, (symmetric ? 0.5 : 1.0) * C * C * p);
+  const Panels left(call.left, C, p, threads);
+  const std::unique_ptr<Panels> other =
+      symmetric ? nullptr : std::make_unique<Panels>(call.right, C, p, threads);
+  const Panels& right = symmetric ? left : *other;
+  std::vector<double> sums(blocks);
+  const Buffer tiles = allocate(int64_t{threads} * kSide * kSide);
+  run_tasks(threads, blocks, poll, [&](int64_t block, int slot) {
+    double* tile = tiles.get() + slot * kSide * kSide;
+    const int64_t I = block * kSide;
+    for (int64_t J = symmetric ? I : 0; J < C; J += kSide) {
+      body.products(left.from(I), right.from(J), p, tile);
+      sums[block] += body.reduce_residual(call, I, J, tile);
+    }
+  });
+  *call.squares = 0;
+  for (double sum : sums) *call.squares += sum;
+}
+
+void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std::function<void()>& poll) {
+  const PairBody& body = body_of(isa);
+  const int64_t C = call.C, p = call.p, A = call.A, blocks = (A + kSide - 1) / kSide;
+  std::fill_n(call.radii, A, kInfinity);
+  bool centres =
+      call.anchors == call.weight && A == C;  // the nearest-class-centre rule about its own centres
+  for (int64_t i = 0; i < A && centres; i++) centres = call.classes[i] == i;
+  threads = threads_for(threads, (centres ? 1.0 : 2.0) * A * C * p);
+  const Panels weight(call.weight, C, p, threads);
+  const auto gathered = [&](const double* vectors, const int64_t* chosen) {
+    return centres ? nullptr : std::make_unique<Panels>(vectors, A, p, threads, chosen);
+  };
+  const std::unique_ptr<Panels> own_weight = gathered(call.weight, call.classes);
+  const std::unique_ptr<Panels> anchors = gathered(call.anchors, nullptr);
+  const std::vector<double> squares = squares_of(body, call.weight, C, p, threads), norms = roots_of(squares);
+  const std::vector<double> anchor_norms = roots_of(squares_of(body, call.anchors, A, p, threads));
+  std::vector<double> own(anchor_norms.size()), own_square(own), own_norms(own);
+  for (int64_t i = 0; i < A; i++) {
+    const int64_t a = call.classes[i];
+    double score = 0;
+    for (int64_t k = 0; k < p; k++) score += call.weight[a * p + k] * call.anchors[i * p + k];
+    own[i] = score + call.bias[a];
+    own_square[i] = squares[a];
+    own_norms[i] = norms[a] * anchor_norms[i];
+  }
+  const RadiusRows rows = {call,
+                           squares.data(),
+                           norms.data(),
+                           own.data(),
+                           own_square.data(),
+                           anchor_norms.data(),
+                           own_norms.data()};
+  const Buffer tiles = allocate(int64_t{threads} * 2 * kSide * kSide);
+  run_tasks(threads, blocks, poll, [&](int64_t block, int slot) {
+    double* gram = tiles.get() + slot * 2 * kSide * kSide;
+    double* scores = centres ? gram : gram + kSide * kSide;
+    const int64_t I = block * kSide;
+    for (int64_t J = 0; J < C; J += kSide) {
+      body.products((centres ? weight : *own_weight).from(I), weight.from(J), p, gram);
+      if (!centres) body.products(anchors->from(I), weight.from(J), p, scores);
+      body.reduce_radius(rows, I, J, gram, scores);
+    }
+  });
+}
+
+}  // namespace ncfast

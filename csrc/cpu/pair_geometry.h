@@ -1,0 +1,114 @@
+// pair_geometry on the CPU: what all pairs of rows say, from tiles of their Gram matrix in float64. Three
+// sweeps over the same tiles: `pair_geometry`, `gram_residual` for the distance from a simplex ETF, and
+// `decision_radius`. No more than O(C p) is held.
+//
+// A product <u, v> is off by at most p 2^-53 |u| |v|, so a Gram matrix loses the distance of rows that are
+// close beside their norms, and cannot tell which of two nearly equal distances is the smaller. Such pairs
+// are evaluated once more from the difference of the rows: those too close for the Gram matrix, and those
+// whose lower bound is not above the minimum so far, which for C rows in random order are about log C per
+// row.
+//
+//   task   kSide rows i, against every row j of its triangle or rectangle
+//     tile   kSide rows j at a time: products[j][i], then one of the reductions below
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+#include "cpu/isa.h"
+
+namespace ncfast {
+
+struct PairStatistics {
+  double cosine_mean, cosine_std, cosine_min, cosine_max, max_angle_deviation, log_kernel_mean,
+      log_kernel_std, cdnv;
+};
+
+struct PairGeometry {
+  int64_t C, p;
+  const double* vectors;    // [C, p] contiguous
+  const double* variances;  // [C] or null, which leaves cdnv 0
+  PairStatistics* statistics;
+  double* nearest_distance;  // [C]
+  int64_t* nearest_index;    // [C]
+};
+
+struct GramResidual {
+  int64_t C, p;
+  const double *left, *right;  // [C, p] contiguous; the same address for a symmetric Gram matrix
+  double diagonal, off_diagonal;
+  double* squares;  // sum over all (i, j) of (<l_i, r_j> - what the two numbers above say)^2
+};
+
+struct DecisionRadius {
+  int64_t C, p, A;
+  const double* weight;    // [C, p] contiguous
+  const double* bias;      // [C]
+  const double* anchors;   // [A, p] contiguous
+  const int64_t* classes;  // [A] in [0, C)
+  double* radii;           // [A]
+};
+
+// `poll` as in class_scatter.h. Results are bitwise the same for any number of threads.
+void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::function<void()>& poll);
+void gram_residual(const GramResidual& call, Isa isa, int threads, const std::function<void()>& poll);
+void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std::function<void()>& poll);
+
+constexpr int kSide = 48;      // rows of a tile; a multiple of every body's register tile
+constexpr int kPanelRows = 8;  // a panel is [rows / 8][p][8], padded with rows of zeros
+
+// The sums over the pairs of a task, or of a tile. Squares are about the mean: one-pass formulas cancel where
+// all cosines agree, which is where training leads.
+struct PairSums {
+  double pairs = 0;
+  double deviation = 0, deviation_squares = 0, absolute = 0;  // of cos + 1 / (C - 1)
+  double kernel = 0, kernel_squares = 0;
+  double low = __builtin_inf(), high = -__builtin_inf();  // the extreme cosines
+  double cdnv = 0;
+};
+
+// The smallest squared distance met, and the lowest row that has it.
+struct Nearest {
+  double square;
+  int64_t index;
+};
+
+struct PairRows {
+  int64_t C, p;
+  const double* vectors;
+  const double* squares;    // [C padded to kSide] |u|^2
+  const double* inverse;    // [C padded] 1 / |u|; NaN for a row of zeros
+  const double* variances;  // [C padded]
+};
+
+struct RadiusRows {
+  DecisionRadius call;
+  const double* squares;  // [C padded to kSide] |v_c|^2
+  const double* norms;    // [C padded] |v_c|
+  // Of each anchor, [A padded]: <v_a, m_a> + b_a, |v_a|^2, |m_a| and |v_a| |m_a|.
+  const double *own, *own_square, *anchor_norm, *own_norms;
+};
+
+// Adds the sums of other pairs.
+void merge(PairSums* sums, const PairSums& other);
+
+// What an instruction set contributes. Tiles are [kSide j][kSide i]; the first rows are I and J.
+struct PairBody {
+  // squares[r] = |row r|^2 of `rows` rows.
+  void (*squares)(const double* vectors, int64_t rows, int64_t p, double* squares);
+  void (*products)(const double* left, const double* right, int64_t p, double* tile);
+  // Pairs i < j < C. `nearest` is [C], of this thread.
+  void (*reduce_pairs)(const PairRows&, int64_t I, int64_t J, const double* tile, Nearest* nearest,
+                       PairSums*);
+  double (*reduce_residual)(const GramResidual&, int64_t I, int64_t J, const double* tile);
+  // `gram` holds <v_{classes[i]}, v_j>, `scores` <m_i, v_j>; radii[i] is lowered to the distance to each c =
+  // j.
+  void (*reduce_radius)(const RadiusRows&, int64_t I, int64_t J, const double* gram, const double* scores);
+};
+
+const PairBody* pair_body_portable();
+const PairBody* pair_body_avx2();
+const PairBody* pair_body_avx512();
+
+}  // namespace ncfast

@@ -1,0 +1,333 @@
+// The bodies of pair_geometry, once for every vector width. Included like class_scatter_vector.h.
+
+template <int W>
+using Doubles [[gnu::vector_size(W * sizeof(double))]] = double;
+template <int W>
+using Words [[gnu::vector_size(W * sizeof(int64_t))]] = int64_t;
+
+constexpr double kUnit = 0x1p-53;
+
+// Below this share of what was subtracted a Gram matrix's square of a distance is not trusted. It bounds what
+// is lost where it is: at most a factor of 16.
+constexpr double kClose = 1.0 / 16;
+
+template <int W>
+struct PairVectors {
+  using V = Doubles<W>;
+  using M = Words<W>;
+  static constexpr int kVectors = kSide / W;
+
+  static V load(const double* from) {
+    V value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  }
+
+  static void store(double* to, const V& value) { std::memcpy(to, &value, sizeof value); }
+
+  static double sum(const V& values) {
+    double total = 0;
+    for (int i = 0; i < W; i++) total += values[i];
+    return total;
+  }
+
+  static bool any(const M& mask) {
+    int64_t seen = 0;
+    for (int i = 0; i < W; i++) seen |= mask[i];
+    return seen != 0;
+  }
+
+  static V magnitude(const V& values) { return values < 0 ? -values : values; }
+
+  // The natural logarithm of positive normal numbers to 2 units in the last place: x = m 2^e with m in
+  // [0.71, 1.42), log m = 2 artanh s, s = (m - 1) / (m + 1), whose series ends below 2^-54 at s^21.
+  static V log(const V& x) {
+    M bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    M exponent = (bits >> 52) | 0x4330000000000000;  // 2^52 + e + 1023
+    bits = (bits & 0xfffffffffffff) | 0x3ff0000000000000;
+    V m, e;
+    std::memcpy(&m, &bits, sizeof m);
+    std::memcpy(&e, &exponent, sizeof e);
+    const M large = m > 1.4142135623730951;
+    e = e - (0x1p52 + 1023) + (large ? V{} + 1.0 : V{});
+    m = large ? m * 0.5 : m;
+    const V s = (m - 1.0) / (m + 1.0), z = s * s;
+    V series = V{} + 1.0 / 19;
+    for (int k = 17; k >= 3; k -= 2) series = series * z + 1.0 / k;
+    constexpr double kHigh = 0x1.62e42fefa38p-1, kLow = 0x1.ef35793c7673p-45;  // of log 2
+    return e * kHigh + (2.0 * s + (2.0 * s * z * series + e * kLow));
+  }
+
+  static void squares(const double* vectors, int64_t rows, int64_t p, double* squares) {
+    for (int64_t r = 0; r < rows; r++, vectors += p) squares[r] = dot(vectors, vectors, p);
+  }
+
+  static double dot(const double* u, const double* v, int64_t p) {
+    V total = {};
+    int64_t k = 0;
+    for (; k + W <= p; k += W) total += load(u + k) * load(v + k);
+    double rest = 0;
+    for (; k < p; k++) rest += u[k] * v[k];
+    return sum(total) + rest;
+  }
+
+  // A vectors of rows i by B rows j.
+  template <int A, int B>
+  static void register_tile(const double* left, const double* right, int64_t p, int64_t steps, double* tile) {
+    const double* column[A];
+    for (int a = 0; a < A; a++) column[a] = left + a * W / kPanelRows * p * kPanelRows + a * W % kPanelRows;
+    V total[B][A];
+    for (int b = 0; b < B; b++) {
+      for (int a = 0; a < A; a++) total[b][a] = load(tile + b * kSide + a * W);
+    }
+    for (int64_t k = 0; k < steps; k++) {
+      V u[A];
+#pragma GCC unroll 4
+      for (int a = 0; a < A; a++) u[a] = load(column[a] + k * kPanelRows);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++) {
+        const double factor = right[k * kPanelRows + b];
+#pragma GCC unroll 4
+        for (int a = 0; a < A; a++) total[b][a] += u[a] * factor;
+      }
+    }
+    for (int b = 0; b < B; b++) {
+      for (int a = 0; a < A; a++) store(tile + b * kSide + a * W, total[b][a]);
+    }
+  }
+
+  // kSteps columns of A * W rows stay in the first-level cache while all rows j meet them.
+  template <int A, int B>
+  static void products(const double* left, const double* right, int64_t p, double* tile) {
+    static_assert(kSide % (A * W) == 0 && kPanelRows % B == 0 && kPanelRows % W == 0);
+    constexpr int64_t kSteps = 128;
+    std::memset(tile, 0, kSide * kSide * sizeof(double));
+    for (int64_t k = 0; k < p; k += kSteps) {
+      const int64_t steps = p - k < kSteps ? p - k : kSteps;
+      for (int i = 0; i < kSide; i += A * W) {
+        const double* rows = left + (i / kPanelRows * p + k) * kPanelRows + i % kPanelRows;
+        for (int j = 0; j < kSide; j += B) {
+          register_tile<A, B>(rows, right + (j / kPanelRows * p + k) * kPanelRows + j % kPanelRows, p, steps,
+                              tile + j * kSide + i);
+        }
+      }
+    }
+  }
+
+  // |u - v|^2 and |u / |u| - v / |v||^2.
+  static void differences(const PairRows& rows, int64_t i, int64_t j, double* square, double* unit_square) {
+    const double *u = rows.vectors + i * rows.p, *v = rows.vectors + j * rows.p;
+    const double a = rows.inverse[i], b = rows.inverse[j];
+    V total = {}, unit_total = {};
+    int64_t k = 0;
+    for (; k + W <= rows.p; k += W) {
+      const V x = load(u + k), y = load(v + k), d = x - y, e = x * a - y * b;
+      total += d * d;
+      unit_total += e * e;
+    }
+    double rest = 0, unit_rest = 0;
+    for (; k < rows.p; k++) {
+      const double d = u[k] - v[k], e = u[k] * a - v[k] * b;
+      rest += d * d;
+      unit_rest += e * e;
+    }
+    *square = sum(total) + rest;
+    *unit_square = sum(unit_total) + unit_rest;
+  }
+
+  static void lower(Nearest* nearest, double square, int64_t index) {
+    if (square < nearest->square || (square == nearest->square && index < nearest->index)) {
+      *nearest = {square, index};
+    }
+  }
+
+  static void reduce_pairs(const PairRows& rows, int64_t I, int64_t J, const double* tile, Nearest* nearest,
+                           PairSums* sums) {
+    const double simplex = 1.0 / static_cast<double>(rows.C - 1);
+    // Of |u|^2 + |v|^2 - 2 <u, v>, of the squared difference it is compared with, and of the sum itself.
+    const double error = 4 * (static_cast<double>(rows.p) + 8) * kUnit;
+    alignas(64) double deviation[kSide][kSide], kernel[kSide][kSide];
+    double best[kSide];
+    for (int i = 0; i < kSide; i++) best[i] = I + i < rows.C ? nearest[I + i].square : 0;
+    V sum_deviation = {}, sum_absolute = {}, sum_kernel = {}, sum_cdnv = {};
+    V low = V{} + __builtin_inf(), high = V{} - __builtin_inf();
+    M lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    const int columns = static_cast<int>(rows.C - J < kSide ? rows.C - J : kSide);
+    const auto used = [&](int i, int j) { return lane + (I + i) < J + j; };
+    for (int j = 0; j < columns; j++) {
+      const double square_j = rows.squares[J + j], inverse_j = rows.inverse[J + j];
+      const double best_j = nearest[J + j].square;
+      alignas(64) double unit_square[kSide], square[kSide];
+      M doubtful[kVectors], some = {};
+      for (int i = 0; i < kSide; i += W) {
+        const V g = load(tile + j * kSide + i);
+        const V cosine = g * (load(rows.inverse + I + i) * inverse_j);
+        const V both = load(rows.squares + I + i) + square_j;
+        const V d = both - 2.0 * g, e = 2.0 - 2.0 * cosine;
+        const V least = d - error * both;
+        doubtful[i / W] =
+            ((e < kClose) | (d < kClose * both) | (least <= load(best + i)) | (least <= best_j)) & used(i, j);
+        some |= doubtful[i / W];
+        store(deviation[j] + i, cosine + simplex);
+        store(unit_square + i, e);
+        store(square + i, d);
+      }
+      if (any(some)) {
+        for (int i = 0; i < kSide; i++) {
+          if (!doubtful[i / W][i % W]) continue;
+          differences(rows, I + i, J + j, &square[i], &unit_square[i]);
+          lower(&nearest[I + i], square[i], J + j);
+          lower(&nearest[J + j], square[i], I + i);
+          best[i] = nearest[I + i].square;
+        }
+      }
+      const double variance_j = rows.variances[J + j];
+      for (int i = 0; i < kSide; i += W) {
+        const M mask = used(i, j);
+        const V e = load(unit_square + i), d = load(deviation[j] + i), nothing = {};
+        V logarithm = log(e);
+        if (any(!(e >= 0x1p-1000))) {
+          for (int l = 0; l < W; l++) logarithm[l] = std::log(e[l]);
+        }
+        const V value = -0.5 * logarithm;
+        store(kernel[j] + i, value);
+        sum_kernel += mask ? value : nothing;
+        sum_deviation += mask ? d : nothing;
+        sum_absolute += mask ? magnitude(d) : nothing;
+        low = mask & (d < low) ? d : low;
+        high = mask & (d > high) ? d : high;
+        const V ratio = (load(rows.variances + I + i) + variance_j) / (2.0 * load(square + i));
+        sum_cdnv += mask ? ratio : nothing;
+      }
+    }
+    const int64_t pairs = I < J ? int64_t{kSide} * columns : int64_t{columns} * (columns - 1) / 2;
+    if (pairs == 0) return;
+    PairSums own;
+    own.pairs = static_cast<double>(pairs);
+    own.deviation = sum(sum_deviation);
+    own.absolute = sum(sum_absolute);
+    own.kernel = sum(sum_kernel);
+    own.cdnv = sum(sum_cdnv);
+    for (int i = 0; i < W; i++) {
+      own.low = low[i] - simplex < own.low ? low[i] - simplex : own.low;
+      own.high = high[i] - simplex > own.high ? high[i] - simplex : own.high;
+    }
+    const double mean_deviation = own.deviation / own.pairs, mean_kernel = own.kernel / own.pairs;
+    V deviation_squares = {}, kernel_squares = {};
+    for (int j = 0; j < columns; j++) {
+      for (int i = 0; i < kSide; i += W) {
+        const M mask = used(i, j);
+        const V d = mask ? load(deviation[j] + i) - mean_deviation : V{};
+        const V k = mask ? load(kernel[j] + i) - mean_kernel : V{};
+        deviation_squares += d * d;
+        kernel_squares += k * k;
+      }
+    }
+    own.deviation_squares = sum(deviation_squares);
+    own.kernel_squares = sum(kernel_squares);
+    merge(sums, own);
+  }
+
+  static double reduce_residual(const GramResidual& call, int64_t I, int64_t J, const double* tile) {
+    const bool symmetric = call.left == call.right;
+    const int64_t rows = call.C - I < kSide ? call.C - I : kSide;
+    const int64_t columns = call.C - J < kSide ? call.C - J : kSide;
+    V total = {};
+    double rest = 0;
+    for (int64_t j = 0; j < columns; j++) {
+      const double* products = tile + j * kSide;
+      int64_t i = 0;
+      if (I != J) {
+        for (; i + W <= rows; i += W) {
+          const V residual = load(products + i) - call.off_diagonal;
+          total += residual * residual;
+        }
+      }
+      for (; i < rows; i++) {
+        const double residual = products[i] - (I + i == J + j ? call.diagonal : call.off_diagonal);
+        rest += residual * residual;
+      }
+    }
+    return (sum(total) + rest) * (symmetric && I != J ? 2 : 1);
+  }
+
+  // The distance from anchor i to the boundary between its class and class c, from the difference of the two.
+  static double wall(const DecisionRadius& call, int64_t i, int64_t c) {
+    const int64_t a = call.classes[i], p = call.p;
+    const double *u = call.weight + a * p, *v = call.weight + c * p, *anchor = call.anchors + i * p;
+    V total = {}, products = {}, largest = {};
+    int64_t k = 0;
+    for (; k + W <= p; k += W) {
+      const V d = load(u + k) - load(v + k), size = magnitude(d);
+      total += d * d;
+      products += d * load(anchor + k);
+      largest = size > largest ? size : largest;
+    }
+    double square = sum(total), lead = sum(products), most = 0;
+    for (; k < p; k++) {
+      const double d = u[k] - v[k];
+      square += d * d;
+      lead += d * anchor[k];
+      most = std::fabs(d) > most ? std::fabs(d) : most;
+    }
+    for (int l = 0; l < W; l++) most = largest[l] > most ? largest[l] : most;
+    lead += call.bias[a] - call.bias[c];
+    if (most == 0 && square == 0) {  // no boundary: the larger bias wins everywhere, then the lower index
+      return lead > 0 || (lead == 0 && c > a) ? __builtin_inf() : -__builtin_inf();
+    }
+    if (square >= 0x1p-900 && square <= 0x1p900) return lead / std::sqrt(square);
+    double scaled = 0;  // a tiny difference must not underflow to none
+    for (k = 0; k < p; k++) {
+      const double d = (u[k] - v[k]) / most;
+      scaled += d * d;
+    }
+    return lead / (most * std::sqrt(scaled));
+  }
+
+  static void reduce_radius(const RadiusRows& rows, int64_t I, int64_t J, const double* gram,
+                            const double* scores) {
+    const DecisionRadius& call = rows.call;
+    const double error = 2 * (static_cast<double>(call.p) + 8) * kUnit;
+    const int count = static_cast<int>(call.A - I < kSide ? call.A - I : kSide);
+    const int columns = static_cast<int>(call.C - J < kSide ? call.C - J : kSide);
+    double best[kSide], best_square[kSide];  // the latter with the sign of the former
+    for (int i = 0; i < kSide; i++) {
+      best[i] = i < count ? call.radii[I + i] : -__builtin_inf();
+      best_square[i] = best[i] * std::fabs(best[i]);
+    }
+    for (int j = 0; j < columns; j++) {
+      const double bias = call.bias[J + j], square = rows.squares[J + j], norm = rows.norms[J + j];
+      M open[kVectors], some = {};
+      for (int i = 0; i < kSide; i += W) {
+        const V own = load(rows.own + I + i), score = load(scores + j * kSide + i) + bias;
+        const V lead_error = error * (load(rows.own_norms + I + i) + load(rows.anchor_norm + I + i) * norm +
+                                      magnitude(own) + magnitude(score));
+        const V both = load(rows.own_square + I + i) + square;
+        const V d = both - 2.0 * load(gram + j * kSide + i), d_error = 2.0 * error * both;
+        const V least = own - score - lead_error;
+        const V least_square = least * magnitude(least) / (least < 0 ? d - d_error : d + d_error);
+        // What is NaN, and what underflows or overflows, stays open.
+        open[i / W] = ~((d > 2.0 * d_error) & (d > 0x1p-900) & (d < 0x1p900) &
+                        (magnitude(least_square) > 0x1p-900) & (least_square > load(best_square + i)));
+        some |= open[i / W];
+      }
+      if (!any(some)) continue;
+      for (int i = 0; i < count; i++) {
+        if (!open[i / W][i % W] || call.classes[I + i] == J + j) continue;
+        const double distance = wall(call, I + i, J + j);
+        if (!(distance < best[i] || std::isnan(distance))) continue;
+        best[i] = distance;
+        best_square[i] = distance * std::fabs(distance);
+      }
+    }
+    std::memcpy(call.radii + I, best, count * sizeof(double));
+  }
+
+  template <int A, int B>
+  static const PairBody* body() {
+    static const PairBody table = {squares, products<A, B>, reduce_pairs, reduce_residual, reduce_radius};
+    return &table;
+  }
+};

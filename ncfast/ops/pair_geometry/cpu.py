@@ -1,0 +1,96 @@
+"""pair_geometry in C++ (csrc/cpu/pair_geometry.h): Gram tiles in float64, reduced while they are in the cache."""
+
+import math
+
+import torch
+
+from ncfast.ops.pair_geometry import PairGeometry
+
+
+def refuses(features: torch.Tensor) -> str | None:
+    """Only tensors in the CPU's memory have addresses the kernels can read."""
+    return None if features.device.type == "cpu" else f"the features are on {features.device}"
+
+
+def pair_geometry(
+    vectors: torch.Tensor,  # [C, p] float64
+    variances: torch.Tensor | None,  # [C] float64
+) -> PairGeometry:
+    """Reduce every pair of the upper triangle."""
+    import ncfast._cpu as _cpu
+
+    vectors = vectors.contiguous()
+    C, p = vectors.shape
+    variances = None if variances is None else variances.contiguous()
+    statistics = vectors.new_empty(8)
+    nearest_distance = vectors.new_empty(C)
+    nearest_index = torch.empty(C, dtype=torch.int64)
+    _cpu.pair_geometry(
+        vectors=vectors.data_ptr(),
+        C=C,
+        p=p,
+        variances=0 if variances is None else variances.data_ptr(),
+        statistics=statistics.data_ptr(),
+        nearest_distance=nearest_distance.data_ptr(),
+        nearest_index=nearest_index.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    *shared, cdnv = statistics.unbind()
+    return PairGeometry(*shared, nearest_distance, nearest_index, None if variances is None else cdnv)
+
+
+def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
+    """Split G = s E + R, s = ⟨G, E⟩, with the ideal E of norm 1: one sweep for ‖R‖, and no cancellation.
+
+    ‖G/‖G‖ − E‖² = (s/‖G‖ − 1)² + ‖R‖²/‖G‖² with ‖G‖² = s² + ‖R‖², where ‖G‖ − s = ‖R‖²/(‖G‖ + s).
+    """
+    import ncfast._cpu as _cpu
+
+    left = left.contiguous()
+    right = left if right is None else right.contiguous()
+    C, p = left.shape
+    trace = torch.linalg.vecdot(left, right).sum()
+    total = torch.dot(left.sum(0), right.sum(0))
+    along = float(trace - total / C) / math.sqrt(C - 1)
+    off_diagonal = -along / (C * math.sqrt(C - 1))
+    across = _cpu.gram_residual(
+        left=left.data_ptr(),
+        right=right.data_ptr(),
+        C=C,
+        p=p,
+        diagonal=-off_diagonal * (C - 1),
+        off_diagonal=off_diagonal,
+        threads=torch.get_num_threads(),
+    )
+    norm = math.hypot(along, math.sqrt(across))
+    if norm == 0:
+        return left.new_tensor(math.nan)
+    shortfall = (norm - along if along < 0 else across / (norm + along)) / norm
+    return left.new_tensor(math.hypot(shortfall, math.sqrt(across) / norm))
+
+
+def decision_radius(
+    weight: torch.Tensor,  # [C, p] float64
+    bias: torch.Tensor,  # [C] float64
+    anchors: torch.Tensor,  # [A, p] float64
+    classes: torch.Tensor,  # [A] int64
+) -> torch.Tensor:  # [A]
+    """Screen every pair by its Gram matrix; measure those that may be the nearest boundary."""
+    import ncfast._cpu as _cpu
+
+    same = anchors is weight or anchors.data_ptr() == weight.data_ptr()
+    weight, bias, classes = weight.contiguous(), bias.contiguous(), classes.contiguous()
+    anchors = weight if same else anchors.contiguous()
+    radii = weight.new_empty(len(classes))
+    _cpu.decision_radius(
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        C=weight.shape[0],
+        p=weight.shape[1],
+        anchors=anchors.data_ptr(),
+        classes=classes.data_ptr(),
+        A=len(classes),
+        radii=radii.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return radii
