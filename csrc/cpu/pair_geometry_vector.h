@@ -72,22 +72,30 @@ struct PairVectors {
     return sum(total) + rest;
   }
 
-  // A vectors of rows i by B rows j.
+  // Where row r of a panel has its column k.
+  static const double* at(const double* panel, int64_t p, int r, int64_t k) {
+    return panel + (r / kPanelRows * p + k) * kPanelRows + r % kPanelRows;
+  }
+
+  // `steps` columns from k of A vectors of rows from i by B rows from j.
   template <int A, int B>
-  static void register_tile(const double* left, const double* right, int64_t p, int64_t steps, double* tile) {
+  static void register_tile(const double* left, const double* right, int64_t p, int i, int j, int64_t k,
+                            int64_t steps, double* tile) {
     const double* column[A];
-    for (int a = 0; a < A; a++) column[a] = left + a * W / kPanelRows * p * kPanelRows + a * W % kPanelRows;
+    for (int a = 0; a < A; a++) column[a] = at(left, p, i + a * W, k);
+    right = at(right, p, j, k);
+    tile += j * kSide + i;
     V total[B][A];
     for (int b = 0; b < B; b++) {
       for (int a = 0; a < A; a++) total[b][a] = load(tile + b * kSide + a * W);
     }
-    for (int64_t k = 0; k < steps; k++) {
+    for (int64_t step = 0; step < steps; step++) {
       V u[A];
 #pragma GCC unroll 4
-      for (int a = 0; a < A; a++) u[a] = load(column[a] + k * kPanelRows);
+      for (int a = 0; a < A; a++) u[a] = load(column[a] + step * kPanelRows);
 #pragma GCC unroll 8
       for (int b = 0; b < B; b++) {
-        const double factor = right[k * kPanelRows + b];
+        const double factor = right[step * kPanelRows + b];
 #pragma GCC unroll 4
         for (int a = 0; a < A; a++) total[b][a] += u[a] * factor;
       }
@@ -106,34 +114,31 @@ struct PairVectors {
     for (int64_t k = 0; k < p; k += kSteps) {
       const int64_t steps = p - k < kSteps ? p - k : kSteps;
       for (int i = 0; i < kSide; i += A * W) {
-        const double* rows = left + (i / kPanelRows * p + k) * kPanelRows + i % kPanelRows;
-        for (int j = 0; j < kSide; j += B) {
-          register_tile<A, B>(rows, right + (j / kPanelRows * p + k) * kPanelRows + j % kPanelRows, p, steps,
-                              tile + j * kSide + i);
-        }
+        for (int j = 0; j < kSide; j += B) register_tile<A, B>(left, right, p, i, j, k, steps, tile);
       }
     }
   }
 
-  // |u - v|^2 and |u / |u| - v / |v||^2.
+  // |u - v|^2 and |u / |u| - v / |v||^2, the latter from u - v |u| / |v|: exactly 0 for rows that are equal,
+  // whatever the compiler contracts.
   static void differences(const PairRows& rows, int64_t i, int64_t j, double* square, double* unit_square) {
     const double *u = rows.vectors + i * rows.p, *v = rows.vectors + j * rows.p;
-    const double a = rows.inverse[i], b = rows.inverse[j];
+    const double ratio = rows.inverse[j] / rows.inverse[i];
     V total = {}, unit_total = {};
     int64_t k = 0;
     for (; k + W <= rows.p; k += W) {
-      const V x = load(u + k), y = load(v + k), d = x - y, e = x * a - y * b;
+      const V x = load(u + k), y = load(v + k), d = x - y, e = x - y * ratio;
       total += d * d;
       unit_total += e * e;
     }
     double rest = 0, unit_rest = 0;
     for (; k < rows.p; k++) {
-      const double d = u[k] - v[k], e = u[k] * a - v[k] * b;
+      const double d = u[k] - v[k], e = u[k] - v[k] * ratio;
       rest += d * d;
       unit_rest += e * e;
     }
     *square = sum(total) + rest;
-    *unit_square = sum(unit_total) + unit_rest;
+    *unit_square = (sum(unit_total) + unit_rest) / rows.squares[i];
   }
 
   static void lower(Nearest* nearest, double square, int64_t index) {
@@ -309,8 +314,9 @@ struct PairVectors {
         const V least = own - score - lead_error;
         const V least_square = least * magnitude(least) / (least < 0 ? d - d_error : d + d_error);
         // What is NaN, and what underflows or overflows, stays open.
-        open[i / W] = ~((d > 2.0 * d_error) & (d > 0x1p-900) & (d < 0x1p900) &
-                        (magnitude(least_square) > 0x1p-900) & (least_square > load(best_square + i)));
+        open[i / W] =
+            ~((d > 2.0 * d_error) & (d > 0x1p-900) & (d < 0x1p900) & (magnitude(least_square) > 0x1p-900) &
+              (magnitude(least_square) < 0x1p900) & (least_square > load(best_square + i)));
         some |= open[i / W];
       }
       if (!any(some)) continue;

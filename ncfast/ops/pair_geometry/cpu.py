@@ -63,8 +63,6 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
         threads=torch.get_num_threads(),
     )
     norm = math.hypot(along, math.sqrt(across))
-    if norm == 0:
-        return left.new_tensor(math.nan)
     shortfall = (norm - along if along < 0 else across / (norm + along)) / norm
     return left.new_tensor(math.hypot(shortfall, math.sqrt(across) / norm))
 
