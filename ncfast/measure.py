@@ -32,6 +32,7 @@ T = TypeVar("T")
 _CHUNK = 1 << 26  # elements of the features handled at once: bounds what the float64 reference holds
 # Rows per class behind the shift: its distance from the mean, and what it adds to the radii, is then σ/4.
 _SHIFT_ROWS = 16
+_SAMPLE_CHUNK = 1 << 22  # elements gathered at once: their memory is used again for the next
 
 
 def measure(
@@ -330,7 +331,7 @@ def _sampled_shift(
     sample = ClassStatistics(
         num_classes, features.shape[1], scatter=False, nonfinite="skip", device=features.device
     )
-    for chunk in rows.split(max(1, _CHUNK // features.shape[1])):
+    for chunk in rows.split(max(1, _SAMPLE_CHUNK // features.shape[1])):
         sample.update(features[chunk], labels[chunk])
     return sample.means.to(shift_dtype(features.dtype))
 

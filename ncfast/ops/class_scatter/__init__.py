@@ -162,12 +162,12 @@ def accumulate_by_adding(
     )
     if features.device.type == "cpu":
         check_label_range(labels, shift.shape[0], ignore_index)
-    overwritten, y = _choose_shift(shift, features, labels, ignore_index)
+    classes, overwritten = _choose_shift(shift, features, labels, ignore_index)
     try:
         batch = sums_about(shift)
         if features.device.type == "cpu" and not batch.sumsq.isfinite().all():
             raise_for_nonfinite(features, labels, ignore_index)
-        if overwritten is not None and features.device.type == "cpu":
+        if features.device.type == "cpu" and len(classes):
             far = far_shifts(batch.counts, batch.sums, batch.sumsq) & (state.counts == 0)
             if far.any():
                 means = shift.double() + batch.sums / batch.counts[:, None]
@@ -175,8 +175,7 @@ def accumulate_by_adding(
                 batch = sums_about(chosen)
                 shift.copy_(chosen)
     except BaseException:
-        if overwritten is not None:
-            shift[y] = overwritten
+        shift[classes] = overwritten
         raise
     state.counts.add_(batch.counts)
     state.sums.add_(batch.sums)
@@ -189,24 +188,26 @@ def accumulate_by_adding(
 
 def _choose_shift(
     shift: torch.Tensor, features: torch.Tensor, labels: torch.Tensor, ignore_index: int
-) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Write the first feature of every class without a shift into `shift`; return what stood in `shift[y]`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the first feature of every class without a shift into `shift`.
 
-    `y` has a class in range for every row. Rows of one class write the same value: their order does not
-    matter.
+    Returns classes [K] and what stood in their rows: those written, or on a GPU, where finding them would
+    synchronise, as many as may have been. The same class may be among them twice, with the same row.
     """
-    N = features.shape[0]
+    N, C = features.shape[0], shift.shape[0]
     kept = labels != ignore_index
     y = torch.where(kept, labels, 0).long()
     rows = torch.where(kept, torch.arange(N, device=y.device), N)
-    first = torch.full((shift.shape[0],), N, device=y.device).scatter_reduce_(0, y, rows, "amin")
+    first = torch.full((C,), N, device=y.device).scatter_reduce_(0, y, rows, "amin")
     chosen = (first < N) & shift[:, 0].isnan()
-    if features.device.type == "cpu" and not chosen.any():
-        return None, y
-    source = features[first[y].clamp_(max=N - 1)].to(shift.dtype)
-    overwritten = shift[y]
-    shift[y] = torch.where(chosen[y][:, None], source, overwritten)
-    return overwritten, y
+    if features.device.type == "cpu":
+        classes = chosen.nonzero().squeeze(1)
+    else:
+        classes = y if N < C else torch.arange(C, device=y.device)
+    overwritten = shift[classes]
+    source = features[first[classes].clamp_(max=N - 1)].to(shift.dtype)
+    shift[classes] = torch.where(chosen[classes][:, None], source, overwritten)
+    return classes, overwritten
 
 
 def far_shifts(counts: torch.Tensor, sums: torch.Tensor, sumsq: torch.Tensor) -> torch.Tensor:
@@ -255,7 +256,12 @@ def check_label_range(labels: torch.Tensor, num_classes: int, ignore_index: int)
 
 def nonfinite_rows(features: torch.Tensor) -> torch.Tensor:
     """[N] bool: the rows that hold a NaN or an infinity."""
-    return ~features.isfinite().all(1)
+    if features.device.type != "cpu":
+        return ~features.isfinite().all(1)
+    # One number per row first: a sum that is finite has finite terms. One that is not may have overflowed.
+    bad = ~features.sum(1, dtype=shift_dtype(features.dtype)).isfinite()
+    bad[bad.clone()] = ~features[bad].isfinite().all(1)
+    return bad
 
 
 def raise_for_nonfinite(features: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> None:
