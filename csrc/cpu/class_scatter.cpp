@@ -7,6 +7,10 @@
 #include <memory>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu/pool.h"
 
 namespace ncfast {
@@ -24,9 +28,17 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
+// Large buffers on huge pages where the system lets us: a panel has more small ones than the processor keeps
+// translations of.
 std::unique_ptr<char, Free> allocate(size_t bytes) {
+  constexpr size_t kSmallPage = 1 << 12, kHugePage = 1 << 21;
+  const bool huge = bytes >= 2 * kHugePage;
   void* memory = nullptr;
-  if (posix_memalign(&memory, 4096, std::max<size_t>(bytes, 1))) throw std::bad_alloc();
+  if (posix_memalign(&memory, huge ? kHugePage : kSmallPage, std::max<size_t>(bytes, 1)))
+    throw std::bad_alloc();
+#if defined(__linux__)
+  if (huge) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
   return std::unique_ptr<char, Free>(static_cast<char*>(memory));
 }
 
@@ -222,12 +234,11 @@ class Pass {
   }
 
   void multiply_tiles(int64_t rows, char* scratch) {
-    const int64_t tiles = (panel_.padded + body_.tile - 1) / body_.tile;
+    const int64_t side = body_.tile(panel_.padded), tiles = (panel_.padded + side - 1) / side;
     // The tiles below the diagonal cost most: those on it come last, so that threads finish together.
     std::vector<std::pair<int64_t, int64_t>> pairs;
     for (int64_t apart = tiles - 1; apart >= 0; apart--) {
-      for (int64_t I = 0; I + apart < tiles; I++)
-        pairs.emplace_back(I * body_.tile, (I + apart) * body_.tile);
+      for (int64_t I = 0; I + apart < tiles; I++) pairs.emplace_back(I * side, (I + apart) * side);
     }
     parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(pairs.size()), [&](int64_t i, int slot) {
       body_.multiply(panel_, pairs[i].first, pairs[i].second, call_.scatter, scratch + slot * body_.scratch);

@@ -81,10 +81,11 @@ struct Panel {
 // What an instruction set contributes. `squares` is float64 [kGroup] for float64 features, else float32.
 struct ScatterBody {
   int64_t pad;
-  int64_t tile;        // multiple of pad: side of the squares into which the multiply stage cuts the scatter
-  int64_t block_rows;  // multiple of kGroup
-  size_t scratch;      // bytes per thread
+  int64_t block_rows;            // multiple of kGroup
+  size_t scratch;                // bytes per thread
   size_t (*element)(Precision);  // bytes of panel per residual
+  // Multiple of pad: side of the squares into which the multiply stage cuts the scatter.
+  int64_t (*tile)(int64_t padded);
 
   // sums += residuals, squares[i] = |residual i|^2. The group starts at row `row` of the block.
   void (*stream)(const Group&, int64_t p, void* squares);

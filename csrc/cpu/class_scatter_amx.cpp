@@ -2,8 +2,9 @@
 //
 // "high" writes d = hi + lo and adds hi hi' + hi lo' + lo hi'; "medium" adds hi hi' alone. A tile product
 // takes 32 rows of the block, its left factor with the rows along each line, its right factor with the rows
-// in interleaved pairs: as 32-bit words, one is the other transposed. The panel holds both, [2: left,
-// right][padded / 16][stride / 32][1 or 2: hi, lo] tiles of 1 KiB.
+// in interleaved pairs: as 32-bit words, one is the other transposed. The panel holds both, [stride / 32][2:
+// left, right][padded / 16][1 or 2: hi, lo] tiles of 1 KiB: it is written in one stream, and the columns of a
+// tile of the scatter do not compete for the same sets of a cache.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -113,16 +114,16 @@ class Prefetcher {
 template <class Feature, bool Split>
 void pack_as(const Group& group, int64_t row, const Panel& panel, double* column_squares, float* squares) {
   constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
-  const int64_t steps = panel.stride / kGroup, pieces = panel.padded / kSide;
-  char* left = panel.data + row / kGroup * kBytes;
-  char* right = left + pieces * steps * kBytes;
+  const int64_t pieces = panel.padded / kSide;
+  char* left = panel.data + row / kGroup * 2 * pieces * kBytes;
+  char* right = left + pieces * kBytes;
   // Of two vectors packed to bfloat16, the first into the lower half: a0 b0 a1 b1 ...
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   __m512 square[kGroup];
   for (__m512& s : square) s = _mm512_setzero_ps();
   Prefetcher prefetcher(group, panel.p * (std::is_same_v<Feature, float> ? 4 : 2));
-  for (int64_t j = 0; j < panel.padded; j += kSide, left += steps * kBytes, right += steps * kBytes) {
+  for (int64_t j = 0; j < panel.padded; j += kSide, left += kBytes, right += kBytes) {
     const int64_t remaining = panel.p - j;
     const __mmask16 mask = remaining >= kSide ? 0xffff : remaining <= 0 ? 0 : (1 << remaining) - 1;
     if (!mask) {
@@ -229,33 +230,33 @@ void store_accumulators(char* floats) {
 // Eight tile registers: four accumulators, two left and two right factors. The order lo-right, hi-right,
 // lo-left needs eight loads for twelve products.
 template <bool Split>
-void register_tile(const char* left, const char* right, int64_t piece, int64_t steps,
+void register_tile(const char* left, const char* right, int64_t stride, int64_t steps,
                    const Destination* destination) {
   constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
-  for (int64_t k = 0; k < steps; k++, left += kBytes, right += kBytes) {
+  for (int64_t k = 0; k < steps; k++, left += stride, right += stride) {
     if (destination) {
       for (int64_t line = k * kPair / steps; line < (k + 1) * kPair / steps; line++)
         destination->prefetch(line);
     }
     _tile_loadd(4, left, 64);
-    _tile_loadd(5, left + piece, 64);
+    _tile_loadd(5, left + kBytes, 64);
     if (Split) {
       _tile_loadd(6, right + kTileBytes, 64);
-      _tile_loadd(7, right + piece + kTileBytes, 64);
+      _tile_loadd(7, right + kBytes + kTileBytes, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
     _tile_loadd(6, right, 64);
-    _tile_loadd(7, right + piece, 64);
+    _tile_loadd(7, right + kBytes, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
     if (Split) {
       _tile_loadd(4, left + kTileBytes, 64);
-      _tile_loadd(5, left + piece + kTileBytes, 64);
+      _tile_loadd(5, left + kBytes + kTileBytes, 64);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
@@ -264,8 +265,11 @@ void register_tile(const char* left, const char* right, int64_t piece, int64_t s
   }
 }
 
-constexpr int64_t kTile = 256;
-constexpr int64_t kSteps = 16;
+constexpr int64_t kMostTile = 512;
+constexpr int64_t kSteps = 4;
+
+// The larger the tile the less of the panel is read again, and the fewer tasks there are for the threads.
+int64_t tile(int64_t padded) { return padded >= 4 * kMostTile ? kMostTile : kMostTile / 2; }
 
 // The rows are taken kSteps tile products at a time, so that the panel's columns of one tile of the scatter,
 // both factors, stay in the second-level cache beside its float32 sums (scratch). Those go to the float64
@@ -276,11 +280,10 @@ void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* s
   const auto register_tile_of =
       panel.precision == Precision::high ? register_tile<true> : register_tile<false>;
   const int64_t bytes = kTileBytes * parts(panel.precision);
-  const int64_t piece = panel.stride / kGroup * bytes, steps = (panel.rows + kGroup - 1) / kGroup;
-  const char* left = panel.data;
-  const char* right = left + panel.padded / kSide * piece;
-  const int64_t rows_end = I + kTile < panel.padded ? I + kTile : panel.padded;
-  const int64_t columns_end = J + kTile < panel.padded ? J + kTile : panel.padded;
+  const int64_t side = panel.padded / kSide * bytes, steps = (panel.rows + kGroup - 1) / kGroup;
+  const int64_t length = tile(panel.padded);
+  const int64_t rows_end = I + length < panel.padded ? I + length : panel.padded;
+  const int64_t columns_end = J + length < panel.padded ? J + length : panel.padded;
   for (int64_t step = 0; step < steps; step += kSteps) {
     const bool first = step == 0, last = step + kSteps >= steps;
     const int64_t count = last ? steps - step : kSteps;
@@ -296,8 +299,9 @@ void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* s
         } else {
           load_accumulators(floats);
         }
-        register_tile_of(left + j / kSide * piece + step * bytes, right + i / kSide * piece + step * bytes,
-                         piece, count, last ? &destination : nullptr);
+        const char* row = panel.data + step * 2 * side;
+        register_tile_of(row + j / kSide * bytes, row + side + i / kSide * bytes, 2 * side, count,
+                         last ? &destination : nullptr);
         store_accumulators(floats);
         if (last) destination.add(floats);
       }
@@ -308,9 +312,9 @@ void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* s
 
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
-  static const ScatterBody table = {
-      kPair,         kTile,   2048, kTile * kTile * 4, element, scatter_body_avx512(dtype)->stream,
-      pack<Feature>, multiply};
+  static const ScatterBody table = {kPair,         2048,    kMostTile * kMostTile * 4,
+                                    element,       tile,    scatter_body_avx512(dtype)->stream,
+                                    pack<Feature>, multiply};
   return &table;
 }
 

@@ -203,10 +203,15 @@ struct VectorBody {
 
   static size_t element(Precision) { return sizeof(Real); }
 
+  template <int Tile>
+  static int64_t tile(int64_t) {
+    return Tile;
+  }
+
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t block_rows) {
-    static const ScatterBody table = {A * W,   Tile,   block_rows, 0,
-                                      element, stream, pack,       multiply<A, B, Tile>};
+    static const ScatterBody table = {A * W,      block_rows, 0,    element,
+                                      tile<Tile>, stream,     pack, multiply<A, B, Tile>};
     return &table;
   }
 };
