@@ -12,7 +12,20 @@ from ncfast.ops.pair_geometry import etf_error
 import oracle
 from oracle import EPS
 
-pytestmark = pytest.mark.parametrize("backend", backends.available("pair_geometry"))
+MACHINES = [(name, None) for name in backends.available("pair_geometry") if name != "cpu"]
+if "cpu" in backends.available("pair_geometry"):
+    from ncfast import _cpu
+
+    MACHINES += [("cpu", isa) for isa in _cpu.bodies("pair_geometry")]
+pytestmark = pytest.mark.parametrize(("backend", "isa"), MACHINES)
+
+
+@pytest.fixture(autouse=True)
+def _forced_isa(isa, monkeypatch):
+    """Every instruction set that this machine has, and no other than the one named."""
+    if isa is not None:
+        monkeypatch.setenv("NCFAST_CPU_ISA", isa)
+        assert _cpu.isa("pair_geometry") == isa
 
 
 def by_loops(vectors, variances):
@@ -177,6 +190,121 @@ def test_decision_radius_of_equal_rules(backend):
     assert tied[1] == -math.inf  # the lower index wins every tie
     assert biased[0] == -math.inf
     oracle.assert_within(biased[1], 2 * wall, 1e-7)
+
+
+def rows_of(kind, C, p):
+    generator = torch.Generator().manual_seed(C + p)
+    rows = torch.randn(C, p, generator=generator, dtype=torch.float64)
+    if kind == "offset":  # every cosine near 1, every distance small beside the norms
+        return rows + 1e3
+    if kind == "clusters":  # most pairs fine, some far too close for a Gram matrix
+        return rows[torch.arange(C) % (C // 4)] + 1e-7 * rows
+    if kind == "twins":  # exact ties
+        return rows[torch.arange(C) % (C // 2)]
+    if kind == "scales":
+        return rows * torch.logspace(-8, 8, C, dtype=torch.float64)[:, None]
+    if kind == "huge":  # squares of norms overflow when they are squared again
+        return rows * 1e120
+    return rows
+
+
+# 48 rows are a tile, 8 a panel, 128 columns a step of the product; and C > p.
+SHAPES = [(47, 7), (48, 128), (49, 129), (97, 300), (200, 9)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "offset", "clusters", "twins", "scales"])
+@pytest.mark.parametrize(("C", "p"), SHAPES)
+def test_against_the_reference(backend, kind, C, p):
+    rows = rows_of(kind, C, p)
+    variances = torch.rand(C, dtype=torch.float64) * rows.square().mean()
+    with backends.forced("pair_geometry", backend):
+        geometry = ncfast.pair_geometry(rows, variances)
+    truth = ncfast.reference.pair_geometry(rows, variances)
+    # A unit vector is rounded to EPS/2, beside which 1e-7 between two of them is right to 1e-8 relative.
+    bound = {"clusters": 1e-7, "offset": 1e-10}.get(kind, 32 * (p + C) * EPS)
+    for name in ("cosine_mean", "cosine_std", "cosine_min", "cosine_max", "max_angle_deviation"):
+        oracle.assert_within(getattr(geometry, name), getattr(truth, name), 32 * (p + C) * EPS, name)
+    if kind == "twins":
+        assert geometry.log_kernel_mean == geometry.cdnv == math.inf
+    else:
+        for name in ("log_kernel_mean", "log_kernel_std", "cdnv"):
+            oracle.assert_relative(getattr(geometry, name), getattr(truth, name), bound, name)
+    relative = (geometry.nearest_distance - truth.nearest_distance).abs() / truth.nearest_distance
+    assert (relative[truth.nearest_distance > 0] <= 4 * (p + 8) * EPS).all()
+    assert (geometry.nearest_distance[truth.nearest_distance == 0] == 0).all()
+    if kind != "offset":  # rounding decides between distances that agree to the last digits
+        assert torch.equal(geometry.nearest_index, truth.nearest_index)
+
+
+@pytest.mark.parametrize("kind", ["plain", "offset", "clusters", "twins", "scales", "huge"])
+@pytest.mark.parametrize(("C", "p"), SHAPES)
+def test_decision_radius_keeps_its_promise(backend, kind, C, p):
+    """Within the bound of the docstring, twice: the reference has the same."""
+    weight = rows_of(kind, C, p)
+    bias = torch.randn(C, dtype=torch.float64) * weight.square().mean()
+    aside = weight + 0.1 * weight.abs().mean() * torch.randn(C, p, dtype=torch.float64)
+    classes = torch.arange(C).flip(0)[: C // 2]
+    for rule, anchors, of in [
+        ((weight, -0.5 * weight.square().sum(1)), weight, None),
+        ((weight, bias), aside, None),
+        ((weight, torch.zeros(C)), aside[classes], classes),
+    ]:
+        with backends.forced("pair_geometry", backend):
+            radii = ncfast.decision_radius(*rule, anchors, of)
+        with ncfast.use_backend("reference"):
+            truth = ncfast.decision_radius(*rule, anchors, of)
+        bound = 2 * (p + 4) * 2.0**-52 * (anchors.norm(dim=1) + truth.abs())
+        assert (((radii - truth).abs() <= bound) | (radii == truth)).all()
+
+
+def test_cosines_that_agree_do_not_cancel(backend):
+    """A standard deviation of 1e-9 about a cosine of 0.8: E[x²] − E[x]² would be noise."""
+    C, p = 60, 64
+    common = torch.zeros(C, p, dtype=torch.float64)
+    common[:, 0] = 2.0
+    rows = common + torch.eye(C, p, dtype=torch.float64).roll(1, 1)
+    rows += 1e-9 * torch.randn(C, p, dtype=torch.float64)
+    cosines = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(rows).T
+    others = cosines[~torch.eye(C, dtype=torch.bool)]
+    with backends.forced("pair_geometry", backend):
+        geometry = ncfast.pair_geometry(rows)
+    assert others.std(correction=0) < 1e-8
+    oracle.assert_within(geometry.cosine_std, others.std(correction=0), 4 * p * EPS)
+
+
+@pytest.mark.parametrize("kind", ["plain", "clusters"])
+def test_any_number_of_threads_gives_the_same_bits(backend, kind):
+    C, p = 200, 100
+    rows, variances = rows_of(kind, C, p), torch.rand(C)
+    threads, answers = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            with backends.forced("pair_geometry", backend):
+                radii = ncfast.decision_radius(rows, torch.zeros(C), rows + 0.1)
+                geometry = ncfast.pair_geometry(rows, variances)
+                answers.append((*geometry, radii, etf_error(rows), etf_error(rows, rows + 1.0)))
+    finally:
+        torch.set_num_threads(threads)
+    if backend != "reference":  # whose products are torch's
+        assert all(torch.equal(a, b) for other in answers[1:] for a, b in zip(answers[0], other, strict=True))
+
+
+def test_etf_error_of_any_scale(backend):
+    rows = torch.randn(7, 5, dtype=torch.float64)
+    with backends.forced("pair_geometry", backend):
+        errors = [etf_error(scale * rows) for scale in (1.0, 1e-150, 1e150)]
+    for error in errors[1:]:
+        oracle.assert_relative(error, errors[0], 64 * EPS)
+
+
+def test_etf_error_near_an_etf_does_not_cancel(backend):
+    """To first order the error is proportional to the perturbation, down to 1e-12 of it."""
+    frame = ncfast.simplex_etf(10, 16, generator=torch.Generator().manual_seed(0))
+    bump = torch.randn(10, 16, dtype=torch.float64)
+    with backends.forced("pair_geometry", backend):
+        small, smaller = etf_error(frame + 1e-6 * bump), etf_error(frame + 1e-8 * bump)
+    oracle.assert_relative(small / smaller, 100.0, 1e-4)
 
 
 def test_errors(backend):  # noqa: ARG001 (nothing runs)

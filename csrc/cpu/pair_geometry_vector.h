@@ -165,15 +165,15 @@ struct PairVectors {
       const double square_j = rows.squares[J + j], inverse_j = rows.inverse[J + j];
       const double best_j = nearest[J + j].square;
       alignas(64) double unit_square[kSide], square[kSide];
-      M doubtful[kVectors], some = {};
+      M close[kVectors], doubtful[kVectors], some = {};
       for (int i = 0; i < kSide; i += W) {
         const V g = load(tile + j * kSide + i);
         const V cosine = g * (load(rows.inverse + I + i) * inverse_j);
         const V both = load(rows.squares + I + i) + square_j;
         const V d = both - 2.0 * g, e = 2.0 - 2.0 * cosine;
         const V least = d - error * both;
-        doubtful[i / W] =
-            ((e < kClose) | (d < kClose * both) | (least <= load(best + i)) | (least <= best_j)) & used(i, j);
+        close[i / W] = (e < kClose) | (d < kClose * both);
+        doubtful[i / W] = (close[i / W] | (least <= load(best + i)) | (least <= best_j)) & used(i, j);
         some |= doubtful[i / W];
         store(deviation[j] + i, cosine + simplex);
         store(unit_square + i, e);
@@ -182,9 +182,14 @@ struct PairVectors {
       if (any(some)) {
         for (int i = 0; i < kSide; i++) {
           if (!doubtful[i / W][i % W]) continue;
-          differences(rows, I + i, J + j, &square[i], &unit_square[i]);
-          lower(&nearest[I + i], square[i], J + j);
-          lower(&nearest[J + j], square[i], I + i);
+          double exact, exact_unit;
+          differences(rows, I + i, J + j, &exact, &exact_unit);
+          lower(&nearest[I + i], exact, J + j);
+          lower(&nearest[J + j], exact, I + i);
+          if (close[i / W][i % W]) {  // not whatever the minimum so far, which is the thread's, made doubtful
+            square[i] = exact;
+            unit_square[i] = exact_unit;
+          }
           best[i] = nearest[I + i].square;
         }
       }

@@ -132,7 +132,7 @@ def decision_radius(
 
 
 def _scaled(rows: torch.Tensor) -> torch.Tensor:
-    """The rows in float64, the largest entry 1, so that no square of a product overflows; NaN if all are 0."""
+    """In float64, the largest entry 1, so that no square of a product overflows; all NaN for zeros."""
     rows = rows.detach().double()
     return rows / rows.abs().amax()
 

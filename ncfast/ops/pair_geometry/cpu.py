@@ -1,4 +1,4 @@
-"""pair_geometry in C++ (csrc/cpu/pair_geometry.h): Gram tiles in float64, reduced while they are in the cache."""
+"""pair_geometry in C++ (csrc/cpu/pair_geometry.h): float64 Gram tiles, reduced in the cache."""
 
 import math
 
