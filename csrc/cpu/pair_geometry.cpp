@@ -134,7 +134,14 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
     if (call.variances) variances[c] = call.variances[c];
   }
   const PairRows rows = {C, p, call.vectors, squares.data(), inverse.data(), variances.data()};
+  const int64_t room = std::max<int64_t>(4 * kSide * kSide, 8 * C);
   std::vector<Nearest> nearest(threads * C, {kInfinity, std::numeric_limits<int64_t>::max()});
+  std::vector<double> most(threads * C, kInfinity);
+  std::vector<Candidate> waiting(threads * room);
+  std::vector<Search> search(threads);
+  for (int slot = 0; slot < threads; slot++) {
+    search[slot] = {&nearest[slot * C], &most[slot * C], &waiting[slot * room], 0, room};
+  }
   std::vector<PairSums> sums(blocks);
   const Buffer tiles = allocate(int64_t{threads} * kSide * kSide);
   run_tasks(threads, blocks, poll, [&](int64_t block, int slot) {
@@ -142,9 +149,14 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
     const int64_t I = block * kSide;
     for (int64_t J = I; J < C; J += kSide) {
       body.products(panels.from(I), panels.from(J), p, tile);
-      body.reduce_pairs(rows, I, J, tile, &nearest[slot * C], &sums[block]);
+      body.reduce_pairs(rows, I, J, tile, &search[slot], &sums[block]);
     }
   });
+  for (int slot = 1; slot < threads; slot++) {  // each thread learns what the others found
+    for (int64_t c = 0; c < C; c++) most[c] = std::min(most[c], most[slot * C + c]);
+  }
+  for (int slot = 1; slot < threads; slot++) std::copy_n(most.begin(), C, search[slot].most);
+  parallel_for(threads, threads, [&](int64_t slot, int) { body.settle(rows, &search[slot]); });
   PairSums all;
   for (const PairSums& own : sums) {
     if (own.pairs > 0) merge(&all, own);

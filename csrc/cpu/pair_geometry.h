@@ -5,8 +5,7 @@
 // A product <u, v> is off by at most p 2^-53 |u| |v|, so a Gram matrix loses the distance of rows that are
 // close beside their norms, and cannot tell which of two nearly equal distances is the smaller. Such pairs
 // are evaluated once more from the difference of the rows: those too close for the Gram matrix, and those
-// whose lower bound is not above the minimum so far, which for C rows in random order are about log C per
-// row.
+// whose bounds leave open which is the smallest.
 //
 //   task   kSide rows i, against every row j of its triangle or rectangle
 //     tile   kSide rows j at a time: products[j][i], then one of the reductions below
@@ -68,10 +67,23 @@ struct PairSums {
   double cdnv = 0;
 };
 
-// The smallest squared distance met, and the lowest row that has it.
+// The smallest squared distance evaluated from differences, and the lowest row that has it.
 struct Nearest {
   double square;
   int64_t index;
+};
+
+// One thread's search for the nearest row of each row. Pairs that may be it wait until the bounds have come
+// down: for rows in random order about log C per row wait and one is evaluated.
+struct Candidate {
+  int64_t i, j;
+  double least;  // bounds the squared distance from below
+};
+struct Search {
+  Nearest* nearest;    // [C]
+  double* most;        // [C] bounds the smallest squared distance of the pairs met from above
+  Candidate* waiting;  // [room]
+  int64_t count, room;
 };
 
 struct PairRows {
@@ -98,9 +110,9 @@ struct PairBody {
   // squares[r] = |row r|^2 of `rows` rows.
   void (*squares)(const double* vectors, int64_t rows, int64_t p, double* squares);
   void (*products)(const double* left, const double* right, int64_t p, double* tile);
-  // Pairs i < j < C. `nearest` is [C], of this thread.
-  void (*reduce_pairs)(const PairRows&, int64_t I, int64_t J, const double* tile, Nearest* nearest,
-                       PairSums*);
+  // Pairs i < j < C.
+  void (*reduce_pairs)(const PairRows&, int64_t I, int64_t J, const double* tile, Search*, PairSums*);
+  void (*settle)(const PairRows&, Search*);  // evaluates who waits, if still in question
   double (*reduce_residual)(const GramResidual&, int64_t I, int64_t J, const double* tile);
   // `gram` holds <v_{classes[i]}, v_j>, `scores` <m_i, v_j>; radii[i] is lowered to the distance to each c =
   // j.

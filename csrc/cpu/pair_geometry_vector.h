@@ -147,50 +147,76 @@ struct PairVectors {
     }
   }
 
-  static void reduce_pairs(const PairRows& rows, int64_t I, int64_t J, const double* tile, Nearest* nearest,
+  static void evaluate(const PairRows& rows, Search* search, int64_t i, int64_t j, double* square,
+                       double* unit_square) {
+    differences(rows, i, j, square, unit_square);
+    lower(&search->nearest[i], *square, j);
+    lower(&search->nearest[j], *square, i);
+    if (*square < search->most[i]) search->most[i] = *square;
+    if (*square < search->most[j]) search->most[j] = *square;
+  }
+
+  static void settle(const PairRows& rows, Search* search) {
+    for (int64_t n = 0; n < search->count; n++) {
+      const Candidate& pair = search->waiting[n];
+      double square, unit_square;
+      if (pair.least <= search->most[pair.i] || pair.least <= search->most[pair.j]) {
+        evaluate(rows, search, pair.i, pair.j, &square, &unit_square);
+      }
+    }
+    search->count = 0;
+  }
+
+  static void reduce_pairs(const PairRows& rows, int64_t I, int64_t J, const double* tile, Search* search,
                            PairSums* sums) {
     const double simplex = 1.0 / static_cast<double>(rows.C - 1);
     // Of |u|^2 + |v|^2 - 2 <u, v>, of the squared difference it is compared with, and of the sum itself.
     const double error = 4 * (static_cast<double>(rows.p) + 8) * kUnit;
+    if (search->count + kSide * kSide > search->room) settle(rows, search);
     alignas(64) double deviation[kSide][kSide], kernel[kSide][kSide];
-    double best[kSide];
-    for (int i = 0; i < kSide; i++) best[i] = I + i < rows.C ? nearest[I + i].square : 0;
     V sum_deviation = {}, sum_absolute = {}, sum_kernel = {}, sum_cdnv = {};
-    V low = V{} + __builtin_inf(), high = V{} - __builtin_inf();
+    const V infinity = V{} + __builtin_inf();
+    V low = infinity, high = -infinity;
+    double most[kSide];
+    for (int i = 0; i < kSide; i++) most[i] = I + i < rows.C ? search->most[I + i] : 0;
     M lane;
     for (int i = 0; i < W; i++) lane[i] = i;
     const int columns = static_cast<int>(rows.C - J < kSide ? rows.C - J : kSide);
     const auto used = [&](int i, int j) { return lane + (I + i) < J + j; };
     for (int j = 0; j < columns; j++) {
       const double square_j = rows.squares[J + j], inverse_j = rows.inverse[J + j];
-      const double best_j = nearest[J + j].square;
-      alignas(64) double unit_square[kSide], square[kSide];
+      const double most_j = search->most[J + j];
+      alignas(64) double unit_square[kSide], square[kSide], least[kSide];
       M close[kVectors], doubtful[kVectors], some = {};
+      V smallest = infinity;
       for (int i = 0; i < kSide; i += W) {
+        const M mask = used(i, j);
         const V g = load(tile + j * kSide + i);
         const V cosine = g * (load(rows.inverse + I + i) * inverse_j);
         const V both = load(rows.squares + I + i) + square_j;
-        const V d = both - 2.0 * g, e = 2.0 - 2.0 * cosine;
-        const V least = d - error * both;
-        close[i / W] = (e < kClose) | (d < kClose * both);
-        doubtful[i / W] = (close[i / W] | (least <= load(best + i)) | (least <= best_j)) & used(i, j);
+        const V d = both - 2.0 * g, e = 2.0 - 2.0 * cosine, slack = error * both;
+        const V above = mask ? d + slack : infinity, most_i = load(most + i);
+        close[i / W] = ((e < kClose) | (d < kClose * both)) & mask;
+        doubtful[i / W] = close[i / W] | (((d - slack <= most_i) | (d - slack <= most_j)) & mask);
         some |= doubtful[i / W];
+        store(most + i, above < most_i ? above : most_i);
+        smallest = above < smallest ? above : smallest;
         store(deviation[j] + i, cosine + simplex);
         store(unit_square + i, e);
         store(square + i, d);
+        store(least + i, d - slack);
       }
       if (any(some)) {
+        for (int i = 0; i < W; i++) {
+          if (smallest[i] < search->most[J + j]) search->most[J + j] = smallest[i];
+        }
         for (int i = 0; i < kSide; i++) {
-          if (!doubtful[i / W][i % W]) continue;
-          double exact, exact_unit;
-          differences(rows, I + i, J + j, &exact, &exact_unit);
-          lower(&nearest[I + i], exact, J + j);
-          lower(&nearest[J + j], exact, I + i);
-          if (close[i / W][i % W]) {  // not whatever the minimum so far, which is the thread's, made doubtful
-            square[i] = exact;
-            unit_square[i] = exact_unit;
+          if (close[i / W][i % W]) {
+            evaluate(rows, search, I + i, J + j, &square[i], &unit_square[i]);
+            if (search->most[I + i] < most[i]) most[i] = search->most[I + i];
+          } else if (doubtful[i / W][i % W]) {
+            search->waiting[search->count++] = {I + i, J + j, least[i]};
           }
-          best[i] = nearest[I + i].square;
         }
       }
       const double variance_j = rows.variances[J + j];
@@ -211,6 +237,9 @@ struct PairVectors {
         const V ratio = (load(rows.variances + I + i) + variance_j) / (2.0 * load(square + i));
         sum_cdnv += mask ? ratio : nothing;
       }
+    }
+    for (int i = 0; i < kSide && I + i < rows.C; i++) {
+      if (most[i] < search->most[I + i]) search->most[I + i] = most[i];
     }
     const int64_t pairs = I < J ? int64_t{kSide} * columns : int64_t{columns} * (columns - 1) / 2;
     if (pairs == 0) return;
@@ -338,7 +367,8 @@ struct PairVectors {
 
   template <int A, int B>
   static const PairBody* body() {
-    static const PairBody table = {squares, products<A, B>, reduce_pairs, reduce_residual, reduce_radius};
+    static const PairBody table = {squares, products<A, B>,  reduce_pairs,
+                                   settle,  reduce_residual, reduce_radius};
     return &table;
   }
 };
