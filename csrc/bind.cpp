@@ -145,15 +145,11 @@ void pair_geometry(Address vectors, int64_t C, int64_t p, Address variances, Add
   ncfast::pair_geometry(call, isa, threads, Interruptible());
 }
 
-double gram_residual(Address left, Address right, int64_t C, int64_t p, double diagonal, double off_diagonal,
-                     int threads) {
-  double squares;
-  const ncfast::GramResidual call = {C,       p, at<double>(left), at<double>(right), diagonal, off_diagonal,
-                                     &squares};
+double etf_error(Address left, Address right, int64_t C, int64_t p, int threads) {
+  const ncfast::EtfError call = {C, p, at<double>(left), at<double>(right)};
   const ncfast::Isa isa = selected("pair_geometry");
   py::gil_scoped_release release;
-  ncfast::gram_residual(call, isa, threads, Interruptible());
-  return squares;
+  return ncfast::etf_error(call, isa, threads, Interruptible());
 }
 
 void decision_radius(Address weight, Address bias, int64_t C, int64_t p, Address anchors, Address classes,
@@ -203,8 +199,7 @@ PYBIND11_MODULE(_cpu, m) {
         "rules"_a, "threads"_a);
   m.def("pair_geometry", &pair_geometry, "vectors"_a, "C"_a, "p"_a, "variances"_a, "statistics"_a,
         "nearest_distance"_a, "nearest_index"_a, "threads"_a);
-  m.def("gram_residual", &gram_residual, "left"_a, "right"_a, "C"_a, "p"_a, "diagonal"_a, "off_diagonal"_a,
-        "threads"_a);
+  m.def("etf_error", &etf_error, "left"_a, "right"_a, "C"_a, "p"_a, "threads"_a);
   m.def("decision_radius", &decision_radius, "weight"_a, "bias"_a, "C"_a, "p"_a, "anchors"_a, "classes"_a,
         "A"_a, "radii"_a, "threads"_a);
 }

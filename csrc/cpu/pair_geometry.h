@@ -1,5 +1,5 @@
 // pair_geometry on the CPU: what all pairs of rows say, from tiles of their Gram matrix in float64. Three
-// sweeps over the same tiles: `pair_geometry`, `gram_residual` for the distance from a simplex ETF, and
+// sweeps over the same tiles: `pair_geometry`, `etf_error`, and
 // `decision_radius`. No more than O(C p) is held.
 //
 // A product <u, v> is off by at most p 2^-53 |u| |v|, so a Gram matrix loses the distance of rows that are
@@ -33,11 +33,9 @@ struct PairGeometry {
   int64_t* nearest_index;    // [C]
 };
 
-struct GramResidual {
+struct EtfError {
   int64_t C, p;
   const double *left, *right;  // [C, p] contiguous; the same address for a symmetric Gram matrix
-  double diagonal, off_diagonal;
-  double* squares;  // sum over all (i, j) of (<l_i, r_j> - what the two numbers above say)^2
 };
 
 struct DecisionRadius {
@@ -51,7 +49,7 @@ struct DecisionRadius {
 
 // `poll` as in class_scatter.h. Results are bitwise the same for any number of threads.
 void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::function<void()>& poll);
-void gram_residual(const GramResidual& call, Isa isa, int threads, const std::function<void()>& poll);
+double etf_error(const EtfError& call, Isa isa, int threads, const std::function<void()>& poll);
 void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std::function<void()>& poll);
 
 constexpr int kSide = 48;      // rows of a tile; a multiple of every body's register tile
@@ -94,6 +92,12 @@ struct PairRows {
   const double* variances;  // [C padded]
 };
 
+// What the sum of (scale <l_i, r_j> - ideal)^2 is about, the ideal having these two entries.
+struct Residual {
+  EtfError call;
+  double scale, diagonal, off_diagonal;
+};
+
 struct RadiusRows {
   DecisionRadius call;
   const double* squares;  // [C padded to kSide] |v_c|^2
@@ -113,7 +117,7 @@ struct PairBody {
   // Pairs i < j < C.
   void (*reduce_pairs)(const PairRows&, int64_t I, int64_t J, const double* tile, Search*, PairSums*);
   void (*settle)(const PairRows&, Search*);  // evaluates who waits, if still in question
-  double (*reduce_residual)(const GramResidual&, int64_t I, int64_t J, const double* tile);
+  double (*reduce_residual)(const Residual&, int64_t I, int64_t J, const double* tile);
   // `gram` holds <v_{classes[i]}, v_j>, `scores` <m_i, v_j>; radii[i] is lowered to the distance to each c =
   // j.
   void (*reduce_radius)(const RadiusRows&, int64_t I, int64_t J, const double* gram, const double* scores);

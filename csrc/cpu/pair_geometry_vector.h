@@ -269,7 +269,8 @@ struct PairVectors {
     merge(sums, own);
   }
 
-  static double reduce_residual(const GramResidual& call, int64_t I, int64_t J, const double* tile) {
+  static double reduce_residual(const Residual& ideal, int64_t I, int64_t J, const double* tile) {
+    const EtfError& call = ideal.call;
     const bool symmetric = call.left == call.right;
     const int64_t rows = call.C - I < kSide ? call.C - I : kSide;
     const int64_t columns = call.C - J < kSide ? call.C - J : kSide;
@@ -280,12 +281,13 @@ struct PairVectors {
       int64_t i = 0;
       if (I != J) {
         for (; i + W <= rows; i += W) {
-          const V residual = load(products + i) - call.off_diagonal;
+          const V residual = load(products + i) * ideal.scale - ideal.off_diagonal;
           total += residual * residual;
         }
       }
       for (; i < rows; i++) {
-        const double residual = products[i] - (I + i == J + j ? call.diagonal : call.off_diagonal);
+        const double residual =
+            products[i] * ideal.scale - (I + i == J + j ? ideal.diagonal : ideal.off_diagonal);
         rest += residual * residual;
       }
     }

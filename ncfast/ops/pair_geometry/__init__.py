@@ -82,8 +82,8 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Te
         _check_device(right, "right", left, "left")
         if right.shape != left.shape:
             raise ValueError(f"right must have shape {list(left.shape)}, got {list(right.shape)}")
-        right = _scaled(right)
-    return dispatch.select("pair_geometry", left, "etf_error")(_scaled(left), right)
+        right = right.detach().double()
+    return dispatch.select("pair_geometry", left, "etf_error")(left.detach().double(), right)
 
 
 def decision_radius(
@@ -129,12 +129,6 @@ def decision_radius(
         _check_device(tensor, name, weight, "weight")
     run = dispatch.select("pair_geometry", weight, "decision_radius")
     return run(weight.detach().double(), bias.detach().double(), anchors.detach().double(), classes)
-
-
-def _scaled(rows: torch.Tensor) -> torch.Tensor:
-    """In float64, the largest entry 1, so that no square of a product overflows; all NaN for zeros."""
-    rows = rows.detach().double()
-    return rows / rows.abs().amax()
 
 
 def _check_floating(tensor: torch.Tensor, name: str) -> None:

@@ -1,7 +1,5 @@
 """pair_geometry in C++ (csrc/cpu/pair_geometry.h): float64 Gram tiles, reduced in the cache."""
 
-import math
-
 import torch
 
 from ncfast.ops.pair_geometry import PairGeometry
@@ -40,31 +38,17 @@ def pair_geometry(
 
 
 def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
-    """Split G = s E + R, s = ⟨G, E⟩, with the ideal E of norm 1: one sweep for ‖R‖, and no cancellation.
-
-    ‖G/‖G‖ − E‖² = (s/‖G‖ − 1)² + ‖R‖²/‖G‖² with ‖G‖² = s² + ‖R‖², where ‖G‖ − s = ‖R‖²/(‖G‖ + s).
-    """
+    """Project the Gram matrix on the ideal one, and sum what remains; the upper triangle alone for R = L."""
     import ncfast._cpu as _cpu
 
     left = left.contiguous()
     right = left if right is None else right.contiguous()
     C, p = left.shape
-    trace = torch.linalg.vecdot(left, right).sum()
-    total = torch.dot(left.sum(0), right.sum(0))
-    along = float(trace - total / C) / math.sqrt(C - 1)
-    off_diagonal = -along / (C * math.sqrt(C - 1))
-    across = _cpu.gram_residual(
-        left=left.data_ptr(),
-        right=right.data_ptr(),
-        C=C,
-        p=p,
-        diagonal=-off_diagonal * (C - 1),
-        off_diagonal=off_diagonal,
-        threads=torch.get_num_threads(),
+    return left.new_tensor(
+        _cpu.etf_error(
+            left=left.data_ptr(), right=right.data_ptr(), C=C, p=p, threads=torch.get_num_threads()
+        )
     )
-    norm = math.hypot(along, math.sqrt(across))
-    shortfall = (norm - along if along < 0 else across / (norm + along)) / norm
-    return left.new_tensor(math.hypot(shortfall, math.sqrt(across) / norm))
 
 
 def decision_radius(

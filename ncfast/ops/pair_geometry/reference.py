@@ -42,6 +42,7 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
     """Subtract the two C×C matrices."""
     C = left.shape[0]
     gram = left @ (left if right is None else right).T
+    gram = gram / gram.abs().max()  # no scale matters, and squares might overflow
     ideal = (torch.eye(C, dtype=gram.dtype, device=gram.device) - 1 / C) / math.sqrt(C - 1)
     return (gram / gram.norm() - ideal).norm()
 
