@@ -1,5 +1,6 @@
 """Build ncfast._cpu. It takes raw pointers and links no libtorch: one build serves every version of torch."""
 
+import sys
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -14,7 +15,7 @@ setup(
             include_dirs=["csrc"],
             cxx_std=17,
             extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra", "-pthread"],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl"] if sys.platform == "linux" else ["-pthread"],
         )
     ],
     cmdclass={"build_ext": build_ext},

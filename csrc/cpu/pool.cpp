@@ -9,8 +9,41 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
 namespace ncfast {
 namespace {
+
+// Calls function(data) on each of `threads` threads, the caller among them, and returns when all have
+// returned: what compilers turn `#pragma omp parallel` into. GNU's, LLVM's and Intel's runtimes have it.
+using OmpParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
+bool forked = false;  // threads of a runtime do not survive a fork, and GNU's would wait for them for ever
+
+// The runtime that PyTorch has loaded, or null.
+OmpParallel omp_parallel() {
+#if defined(__linux__)
+  static const auto found = reinterpret_cast<OmpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked ? nullptr : found;
+#else
+  return nullptr;
+#endif
+}
+
+struct Tasks {
+  const std::function<void(int64_t, int)>& task;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> slots{0};
+
+  static void drain(void* data) {
+    Tasks& tasks = *static_cast<Tasks*>(data);
+    const int slot = tasks.slots++;
+    for (int64_t i; (i = tasks.next++) < tasks.count;) tasks.task(i, slot);
+  }
+};
 
 // A call has many short tasks in a row, and waking a thread takes longer than some of them. So one that has
 // nothing to do looks out for more for some 50 microseconds before it sleeps: too short to disturb anybody.
@@ -30,7 +63,10 @@ class Pool {
   // The pool of this process, leaked on purpose: at exit its threads sleep and hold nothing. A forked child
   // has none of its parent's threads, so it starts a pool of its own.
   static Pool& instance() {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { current() = new Pool; });
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+      current() = new Pool;
+      forked = true;
+    });
     (void)registered;
     return *current();
   }
@@ -102,7 +138,12 @@ class Pool {
 }  // namespace
 
 void parallel_for(int threads, int64_t count, const std::function<void(int64_t, int)>& task) {
-  Pool::instance().run(threads, count, task);
+  Pool& pool = Pool::instance();
+  const OmpParallel parallel = threads > 1 && count > 1 ? omp_parallel() : nullptr;
+  if (!parallel) return pool.run(threads, count, task);
+  Tasks tasks{task, count};
+  // As many threads as PyTorch uses, though there be fewer tasks: the runtime ends those it is not asked for.
+  parallel(Tasks::drain, &tasks, static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace ncfast

@@ -1,5 +1,6 @@
-// A small pool of threads that sleep between tasks. PyTorch brings its own OpenMP runtime; a second one in
-// the process would spin against it.
+// The threads. PyTorch brings its own OpenMP runtime, whose threads spin for milliseconds after each of its
+// operations, and a second set of threads would have to share the processors with them. So the tasks run on
+// those same threads where that runtime can be found, and else on a small pool of our own.
 #pragma once
 
 #include <cstdint>
