@@ -60,8 +60,8 @@ def measure(
         labels: [N] integers in [0, C), or `ignore_index`.
         weight: [C, p] the classifier W; None leaves its numbers, NC4 among them, None.
         bias: [C] the classifier's b; None means zeros.
-        test: (features [M, p], labels [M]) on which to measure NC4 and the test accuracy; None measures NC4
-            on the training data. Class means are always those of the training data.
+        test: (features [M, p], labels [M]) on which to measure NC4 and the test accuracy, with `weight` only;
+            None measures NC4 on the training data. Class means are always those of the training data.
         global_mean: what μ_G averages over: "samples" (the paper's) or "classes".
         precision: of the scatter's products: "highest", "high" or "medium"; see `ncfast.class_scatter`.
         ignore_index: label of the rows to leave out.
