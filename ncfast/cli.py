@@ -167,6 +167,7 @@ def _isas() -> list[tuple[str, bool]]:
 
 
 def _measure(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments)
     if arguments.shards or arguments.save_state or any(map(is_sharded, arguments.files)):
         _measure_shards(arguments)
         return
@@ -185,6 +186,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     test = (chosen.pop("test_features"), chosen.pop("test_labels"))
     if (test[0] is None) != (test[1] is None):
         raise ValueError("test_features and test_labels are needed together")
+    if chosen["weight"] is None and not (arguments.test_features or arguments.test_labels):
+        test = (None, None)  # they happen to be in the file; nothing can be measured on them
     report = ncfast.measure(
         **chosen,
         test=None if test[0] is None else test,
@@ -207,7 +210,11 @@ def _measure_shards(arguments: argparse.Namespace) -> None:
         shards = shards[int(index) - 1 :: int(count)]
         if not shards:
             raise ValueError(f"share {arguments.shards} of the shards is empty: there are fewer than {count}")
+    if arguments.test_features or arguments.test_labels:
+        raise ValueError("shards are read only once: there is nothing to measure on test data")
     weight, bias = _classifier(arguments)
+    if weight is None and (arguments.weight or arguments.bias):
+        raise ValueError("--weight and --bias name arrays of the file --classifier, which was not given")
     if weight is None and arguments.num_classes is None:
         raise ValueError("shards need --num-classes or --classifier: they are read only once")
     stats = measure_shards(
@@ -227,6 +234,7 @@ def _measure_shards(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments)
     stats = ClassStatistics.load(arguments.states[0])
     for path in arguments.states[1:]:
         other = ClassStatistics.load(path)
@@ -251,12 +259,21 @@ def _classifier(arguments: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(
             f"{arguments.classifier}: no array is named {weight!r}; there are: {', '.join(arrays)}"
         )
+    if getattr(arguments, "bias", None) is not None and bias not in arrays:
+        raise ValueError(
+            f"{arguments.classifier}: no array is named {bias!r}; there are: {', '.join(arrays)}"
+        )
     found = arrays.get(bias)
     return as_tensor(arrays[weight], weight), None if found is None else as_tensor(found, bias)
 
 
 def _shows_progress() -> bool:
     return sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    if arguments.json == arguments.csv == "-":
+        raise ValueError("--json and --csv cannot both go to standard output")
 
 
 def _write(report: CollapseReport, arguments: argparse.Namespace) -> None:

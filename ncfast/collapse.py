@@ -125,8 +125,7 @@ def collapse(
 
     Source: Papyan, Han & Donoho (PNAS 2020), §3 and Figs. 2–6; the kin as said in `CollapseReport`.
     """
-    if global_mean not in GLOBAL_MEANS:
-        raise ValueError(f"global_mean must be one of {', '.join(GLOBAL_MEANS)}, got {global_mean!r}")
+    check_global_mean(global_mean)
     check_classifier(weight, bias, stats.num_classes, stats.dim, stats.counts.device)
     num_samples = stats.num_samples
     if num_samples == 0:
@@ -163,6 +162,12 @@ def collapse(
         dim=stats.dim,
         global_mean=global_mean,
     )
+
+
+def check_global_mean(global_mean: str) -> None:
+    """Raise unless it is one of `GLOBAL_MEANS`."""
+    if global_mean not in GLOBAL_MEANS:
+        raise ValueError(f"global_mean must be one of {', '.join(GLOBAL_MEANS)}, got {global_mean!r}")
 
 
 def check_classifier(

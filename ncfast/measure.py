@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from ncfast.collapse import GLOBAL_MEANS, CollapseReport, check_classifier, collapse
+from ncfast.collapse import CollapseReport, check_classifier, check_global_mean, collapse
 from ncfast.ops.affine_argmax import affine_argmax, center_rule
 from ncfast.ops.class_scatter import (
     check_features,
@@ -61,8 +61,8 @@ def measure(
         labels: [N] integers in [0, C), or `ignore_index`.
         weight: [C, p] the classifier W; None leaves its numbers, NC4 among them, None.
         bias: [C] the classifier's b; None means zeros.
-        test: (features [M, p], labels [M]) on which to measure NC4 and the test accuracy; None measures NC4
-            on the training data. Class means are always those of the training data.
+        test: (features [M, p], labels [M]) on which to measure NC4 and the test accuracy, with `weight` only;
+            None measures NC4 on the training data. Class means are always those of the training data.
         global_mean: what μ_G averages over: "samples" (the paper's) or "classes".
         precision: of the scatter's products: "highest", "high" or "medium"; see `ncfast.class_scatter`.
         ignore_index: label of the rows to leave out.
@@ -79,8 +79,11 @@ def measure(
 
     Source: Papyan, Han & Donoho (PNAS 2020), Figs. 2–7; see `CollapseReport` for every number.
     """
-    if global_mean not in GLOBAL_MEANS:
-        raise ValueError(f"global_mean must be one of {', '.join(GLOBAL_MEANS)}, got {global_mean!r}")
+    check_global_mean(global_mean)
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if test is not None and weight is None:
+        raise ValueError("test data were given without weight: nothing is measured on them")
     h, y = _labelled(features, labels, "features", "labels")
     W = None if weight is None else as_tensor(weight, "weight")
     b = None if bias is None else as_tensor(bias, "bias")
@@ -176,6 +179,7 @@ def measure_model(
 
     Source: Papyan, Han & Donoho (PNAS 2020), §3.
     """
+    check_global_mean(global_mean)
     head = find_head(model, head)
     W, b = classifier_of(head)
     place = W.device if device is None else torch.device(device)
@@ -193,7 +197,7 @@ def measure_model(
     once = isinstance(train_loader, Iterator)
     held: list[tuple[torch.Tensor, torch.Tensor]] = []
     seen = correct = 0
-    with _frozen(model), _captured(model, head, place) as features_of:
+    with _frozen(model), _captured(_local(model), head, place) as features_of:
         for batch in progress_bar(train_loader, progress, "train"):
             h, y = features_of(batch)
             with rows_from(seen):
@@ -412,6 +416,20 @@ def classifier_of(head: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | N
     return weight.detach(), None if bias is None else bias.detach()
 
 
+def _local(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel, whose forward pass waits for the other ranks."""
+    while isinstance(
+        parallel := getattr(model, "_orig_mod", model), torch.nn.parallel.DistributedDataParallel
+    ):
+        model = parallel.module
+    return model
+
+
+def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a head was called with: its one argument, by position or by name."""
+    return next(iter((*args, *kwargs.values())))
+
+
 @contextlib.contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients, nothing compiled; every module's own training flag is put back."""
@@ -434,10 +452,10 @@ def _captured(
     model: torch.nn.Module, head: torch.nn.Module, device: torch.device
 ) -> Iterator[Callable[[Any], tuple[torch.Tensor, torch.Tensor]]]:
     """Yield a function from a batch to (features [N, p], labels [N]), the features entering `head`."""
-    entered: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
 
     def capture(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(next(iter((*args, *kwargs.values()))).detach())
+        captured.append(entered(args, kwargs).detach())
 
     hook = head.register_forward_pre_hook(capture, with_kwargs=True)
 
@@ -445,18 +463,18 @@ def _captured(
         if not isinstance(batch, Sequence) or len(batch) != 2:
             raise TypeError(f"the loader must yield (inputs, labels) pairs, got {type(batch).__name__}")
         inputs, labels = _moved(batch[0], device), torch.as_tensor(batch[1]).to(device)
-        entered.clear()
+        captured.clear()
         if isinstance(inputs, Mapping):
             model(**inputs)
         elif isinstance(inputs, Sequence):
             model(*inputs)
         else:
             model(inputs)
-        if len(entered) != 1:
+        if len(captured) != 1:
             raise ValueError(
-                f"head must be called once per forward pass, but was called {len(entered)} times"
+                f"head must be called once per forward pass, but was called {len(captured)} times"
             )
-        features = entered[0].reshape(-1, entered[0].shape[-1])
+        features = captured[0].reshape(-1, captured[0].shape[-1])
         labels = labels.reshape(-1)
         check_labels(labels, features)
         return features, labels.long()

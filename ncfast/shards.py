@@ -21,7 +21,12 @@ _PARQUET_ROWS = 4096  # rows decoded at once
 
 def is_sharded(path: str | Path) -> bool:
     """Whether a path stands for shards: a folder, a glob pattern or a .parquet file."""
-    return Path(path).is_dir() or glob.has_magic(str(path)) or Path(path).suffix == ".parquet"
+    return Path(path).is_dir() or _is_pattern(path) or Path(path).suffix == ".parquet"
+
+
+def _is_pattern(path: str | Path) -> bool:
+    """Whether it is one for `glob`, and not the name of a file: `run[1].npz`."""
+    return glob.has_magic(str(path)) and not Path(path).is_file()
 
 
 def find_shards(paths: Iterable[str | Path]) -> list[Path]:
@@ -35,7 +40,7 @@ def find_shards(paths: Iterable[str | Path]) -> list[Path]:
     for path in paths:
         if Path(path).is_dir():
             found = [file for file in Path(path).iterdir() if file.suffix in SHARD_SUFFIXES]
-        elif glob.has_magic(str(path)):
+        elif _is_pattern(path):
             found = [Path(match) for match in glob.glob(str(path), recursive=True)]
         else:
             found = [Path(path)]
@@ -90,7 +95,7 @@ def measure_shards(
         except ValueError as error:
             raise ValueError(f"{shard}: {error}") from None
     if stats is None:
-        raise ValueError("there are no shards to measure")
+        raise ValueError("there are no shards to measure, or none with a row")
     return stats
 
 

@@ -100,7 +100,7 @@ class ClassStatistics:
     def scatter(self) -> torch.Tensor | None:
         """[p, p] float64: Σ(h − k_y)(h − k_y)ᵀ; None without scatter."""
         if self._scatter is not None and self._upper_only:
-            self._scatter.copy_(self._scatter.triu() + self._scatter.triu(1).T)
+            self._scatter = self._scatter.triu() + self._scatter.triu(1).T
         self._upper_only = False
         return self._scatter
 
@@ -154,6 +154,7 @@ class ClassStatistics:
 
     def _add(self, features: torch.Tensor, labels: torch.Tensor, radii: bool) -> torch.Tensor | None:
         features, labels = self._checked(features, labels)
+        self._thaw()
         if features.shape[0] == 0:
             return features.new_empty(0, dtype=torch.float32) if radii else None
         if features.dtype == torch.float64 and self.shift.dtype == torch.float32:
@@ -193,6 +194,7 @@ class ClassStatistics:
         if ours != theirs:
             raise ValueError(f"cannot merge (num_classes, dim, scatter, device) {theirs} into {ours}")
         other._raise_refused()
+        self._thaw()
         shift = self.shift.to(torch.promote_types(self.shift.dtype, other.shift.dtype))
         shift = torch.where(shift.isnan(), other.shift, shift).contiguous()
         sums, sumsq, scatter = other._about(shift)
@@ -246,8 +248,15 @@ class ClassStatistics:
         self.shift, self.counts = shift, n.long()
         self.sums, self.sumsq = sums.view_as(self.sums).clone(), sumsq.clone()
         self.scatter = scatter[0].view_as(self.scatter).clone() if self.scatter is not None else None
-        self._skipped.fill_(skipped)
+        self._skipped = torch.full_like(self._skipped, skipped)
         return self
+
+    def _thaw(self) -> None:
+        """Replace what was made in inference mode: it cannot be written to outside of it."""
+        if not torch.is_inference_mode_enabled():
+            for name, value in vars(self).items():
+                if isinstance(value, torch.Tensor) and value.is_inference():
+                    setattr(self, name, value.clone())
 
     def _about(self, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The sums, sums of squares and scatter of the same samples about another shift [C, p]."""
@@ -259,7 +268,8 @@ class ClassStatistics:
             moved = d.any(1)
             cross = half[moved].T @ d[moved]
             scatter = scatter + cross + cross.T
-        return self.sums + n[:, None] * d, self.sumsq + 2.0 * (half * d).sum(1), scatter
+        sumsq = (self.sumsq + 2.0 * (half * d).sum(1)).clamp_(min=0.0)
+        return self.sums + n[:, None] * d, sumsq, scatter
 
     def _checked(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         check_features(features)
@@ -431,15 +441,15 @@ class ClassStatistics:
                     raise ValueError(f"shift must be float32 or float64, got {theirs.dtype}")
             elif theirs.dtype != ours.dtype:
                 raise ValueError(f"{name} must be {ours.dtype}, got {theirs.dtype}")
-            elif not theirs.isfinite().all() or (name == "counts" and (theirs < 0).any()):
+            elif not theirs.isfinite().all() or (name in ("counts", "sumsq") and (theirs < 0).any()):
                 raise ValueError(f"{name} holds a number that no samples can leave")
             loaded[name] = theirs.to(ours.device, copy=True).contiguous()
         if not loaded["shift"][loaded["counts"] > 0].isfinite().all():
             raise ValueError("a class that has samples has no shift")
         for name, tensor in loaded.items():
             setattr(self, name, tensor)
-        self._skipped.fill_(state["num_skipped"])
-        self._refused.zero_()
+        self._skipped = torch.full_like(self._skipped, state["num_skipped"])
+        self._refused = torch.zeros_like(self._refused)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict()` to a file for `load`; a process killed meanwhile leaves the old file."""
@@ -470,7 +480,8 @@ class ClassStatistics:
             raise ValueError(f"{path} is not a ClassStatistics file")
         if hashlib.sha256(content[start:]).digest() != content[len(_MAGIC) : start]:
             raise ValueError(f"{path} is damaged or was cut short: its checksum does not agree")
-        state = torch.load(io.BytesIO(content[start:]), map_location=device, weights_only=True)
+        # Wherever it was saved from: a GPU's state can be merged on a machine without one.
+        state = torch.load(io.BytesIO(content[start:]), map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"sums", "scatter"} <= set(state):
             raise ValueError(f"{path} is not a ClassStatistics file")
         num_classes, dim = state["sums"].shape

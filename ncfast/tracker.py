@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import operator
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ncfast.collapse import CollapseReport, collapse
+from ncfast.collapse import CollapseReport, check_global_mean, collapse
 from ncfast.history import COLUMNS, Record, check_record, read_history, write_history, zero_error_epochs
-from ncfast.measure import classifier_of, find_head, measure_model
+from ncfast.measure import classifier_of, entered, find_head, measure_model
 from ncfast.statistics import ClassStatistics
 
 _FORMAT = 1  # of state_dict()
@@ -68,6 +69,7 @@ class Tracker:
         nonfinite: str = "error",
         group: "dist.ProcessGroup | None" = None,
     ) -> None:
+        check_global_mean(global_mean)
         self.model, self.head = model, find_head(model, head)
         self.global_mean = global_mean
         self.group = _process_group(model) if group is None else group
@@ -81,7 +83,7 @@ class Tracker:
         C, p = weight.shape
         self.statistics = ClassStatistics(C, p, scatter=scatter, device=weight.device, **self._options)
         self._capture = _Capture()
-        self._hook = self.head.register_forward_pre_hook(self._capture)
+        self._hook = self.head.register_forward_pre_hook(self._capture, with_kwargs=True)
 
     # ---- one step ----
 
@@ -104,7 +106,8 @@ class Tracker:
                 "torch.compiler.reset())"
             )
         features = features.reshape(-1, features.shape[-1])
-        self.statistics.update(features, labels.to(features.device, non_blocking=True).reshape(-1))
+        labels = torch.as_tensor(labels).to(features.device, non_blocking=True)
+        self.statistics.update(features, labels.reshape(-1))
 
     @contextlib.contextmanager
     def step(self, labels: torch.Tensor) -> Iterator[None]:
@@ -172,14 +175,15 @@ class Tracker:
         """Measure with frozen weights in eval mode, by `ncfast.measure_model`, and append to `history`.
 
         As the paper measures: all of NC1–NC4, and the accuracies. Further `options` are those of
-        `measure_model`. The statistics of the epoch in progress are untouched.
+        `measure_model`. The statistics of the epoch in progress are untouched. With torch.distributed it
+        measures what this rank's loaders yield, without the other ranks: one may do it alone.
         """
         options = {"global_mean": self.global_mean, **self._options, **options}
         return self._record(measure_model(self.model, train_loader, test_loader, self.head, **options), epoch)
 
     def _record(self, report: CollapseReport, epoch: int | None) -> CollapseReport:
         last: Record = self.history[-1] if self.history else {"epoch": 0, "terminal_phase": None}
-        epoch = last["epoch"] + 1 if epoch is None else epoch
+        epoch = last["epoch"] + 1 if epoch is None else operator.index(epoch)  # NumPy's integers too
         terminal = last["terminal_phase"]
         if not terminal and report.train_accuracy is not None:
             terminal = report.train_accuracy == 1
@@ -274,6 +278,8 @@ class Tracker:
             raise ValueError(f"not a Tracker state: it lacks {', '.join(sorted(missing))}")
         if state["format"] != _FORMAT:
             raise ValueError(f"unknown state format {state['format']!r}; this version reads {_FORMAT}")
+        if not isinstance(state["history"], list):
+            raise ValueError(f"history must be a list of records, got {type(state['history']).__name__}")
         history = [check_record(record, "history") for record in state["history"]]
         self.statistics.load_state_dict(state["statistics"])
         self.history = history
@@ -303,9 +309,9 @@ class _Capture:
         self.features: torch.Tensor | None = None
         self.always = False
 
-    def __call__(self, head: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, head: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.always or (head.training and torch.is_grad_enabled()):
-            self.features = inputs[0].detach()
+            self.features = entered(args, kwargs).detach()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Capture, ()

@@ -90,6 +90,8 @@ def main(folder: Path) -> None:
 
     torch.save(tracked(rank), folder / f"tracked {rank}.pt")
 
+    evaluate_alone(rank)
+
     refusing = statistics(CASES["uneven"], [rank])
     if rank == ranks - 1:
         refusing._refused += 3  # what a GPU's update leaves behind
@@ -122,6 +124,17 @@ def tracked(rank: int) -> dict[str, Any]:
         tracker.end_epoch(train_accuracy=1.0)
     features = torch.cat(entered)
     return {"history": tracker.history, "features": features, "weight": model[2].weight.detach()}
+
+
+def evaluate_alone(rank: int) -> None:
+    """Rank 0 measures while the others go on: no pass may wait for them to broadcast batch norm's buffers."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    if rank == 0:
+        loader = [(torch.randn(30, 5), torch.arange(30) % 3)]
+        for wrapped in (parallel, torch.compile(parallel, backend="eager")):
+            report = ncfast.Tracker(wrapped).evaluate(loader)
+            assert report == ncfast.measure_model(model, loader)
 
 
 def expect(message: str, stats: ncfast.ClassStatistics) -> None:

@@ -89,6 +89,27 @@ def test_file_round_trip(tmp_path, scatter):
     assert loaded.num_samples == 150
 
 
+def test_a_state_saved_from_a_gpu_is_read_without_one(saved, monkeypatch):
+    stats, path = saved
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")  # what a GPU's tensors say
+    stats.save(path)
+    monkeypatch.undo()
+    loaded = ncfast.ClassStatistics.load(path)
+    assert torch.equal(loaded.sums, stats.sums)
+    assert loaded.sums.device.type == "cpu"
+
+
+def test_a_state_of_equal_samples_moved_to_their_mean_can_be_saved(tmp_path):
+    """Moving Σ‖h − k‖² to the mean cancels it: rounding must leave no square below zero."""
+    generator = torch.Generator().manual_seed(0)
+    stats = ncfast.ClassStatistics(20, 3, shift=torch.randn(20, 3, generator=generator) * 1e3)
+    features = torch.randn(20, 3, generator=generator).repeat(7, 1)
+    stats.update(features, torch.arange(20).repeat(7))
+    assert (stats.sumsq >= 0).all()
+    stats.save(tmp_path / "a.state")
+    assert ncfast.ClassStatistics.load(tmp_path / "a.state").num_samples == 140
+
+
 def test_a_file_cut_short_anywhere_is_refused(saved):
     _, path = saved
     whole = path.read_bytes()
@@ -132,6 +153,7 @@ def test_a_failed_save_leaves_the_old_file(saved):
     [
         ("counts", torch.tensor([-1, 0, 0]), "counts holds a number that no samples can leave"),
         ("sums", torch.full((3, 4), torch.nan, dtype=torch.float64), "sums holds a number"),
+        ("sumsq", torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64), "sumsq holds a number"),
         ("scatter", torch.full((4, 4), torch.inf, dtype=torch.float64), "scatter holds a number"),
         ("shift", torch.full((3, 4), torch.nan), "has no shift"),
         ("shift", torch.zeros(3, 4, dtype=torch.float16), "shift must be float32 or float64"),

@@ -158,6 +158,8 @@ def bad_files(folder):
     yield "no dictionary", ["list.pt"], "must hold a tensor or a dictionary"
     yield "half a test set", ["test.pt"], "needed together"
     yield "pickled objects", ["objects.npy"], "objects.npy is no .npy file of numbers"
+    yield "two reports", ["good.pt", "--json", "-", "--csv", "-"], "cannot both go to standard output"
+    yield "classes", ["good.pt", "--num-classes", "-1"], "num_classes must be at least 1, got -1"
     yield "unwritable", ["good.pt", "--json", "no/such/folder.json"], "No such file"
 
 

@@ -1,5 +1,11 @@
 """NeuralCollapseCallback in real runs of lightning.Trainer."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning
 import pytest
 import torch
@@ -16,6 +22,8 @@ pytestmark = [
 ]
 
 C, P, N = 3, 8, 60
+STEPS = 3  # of an epoch
+WORKER = Path(__file__).with_name("lightning_worker.py")
 
 
 class Classifier(lightning.LightningModule):
@@ -50,11 +58,12 @@ class Rows(TensorDataset):
         return {"inputs": inputs, "labels": labels}
 
 
-def loader(different=N):
-    """Three batches of 20 rows, `different` of which are not repeated."""
+def loader(different=N, rank=0, ranks=1):
+    """N rows in three batches, `different` of which are not repeated; of each batch this rank's share."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.arange(N) % different
-    return DataLoader(Rows(torch.randn(N, 5, generator=generator)[rows], rows % C), batch_size=20)
+    inputs = torch.randn(N, 5, generator=generator)[rows]
+    return DataLoader(Rows(inputs[rank::ranks], rows[rank::ranks] % C), batch_size=N // STEPS // ranks)
 
 
 def callback(**options):
@@ -126,3 +135,91 @@ def test_head_by_name_and_a_metric_nobody_logged(tmp_path):
     with pytest.raises(ValueError, match="no metric 'acc' was logged; there are: accuracy"):
         fit.fit(Classifier(), loader())
     assert isinstance(ours.tracker.head, torch.nn.Linear)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What one process and what each of two leaves behind, training on the same batches."""
+    left = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={ranks}", str(WORKER), str(folder)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        left[ranks] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return left
+
+
+@pytest.mark.parametrize("part", ["whole", "resumed"])
+def test_two_processes_report_what_one_does(runs, part):
+    """Also resumed from within an epoch, though only rank 0 writes the checkpoint."""
+    (one,), two = runs[1], runs[2]
+    assert two[0][part] == two[1][part]
+    assert [record["num_samples"] for record in two[0][part]] == [N] * 3
+    for record, other in zip(two[0][part], one["whole"], strict=True):
+        if part == "resumed":  # Lightning itself goes on from rank 0's accuracy on every rank
+            record["train_accuracy"] = other["train_accuracy"]
+        assert record.keys() == other.keys()
+        for name, value in other.items():
+            # float64, trained alike but for the order of sums; Lightning averages accuracies in float32.
+            bound = 2**-22 if name == "train_accuracy" else 1e-9
+            expected = pytest.approx(value, rel=bound, abs=1e-12) if isinstance(value, float) else value
+            assert record[name] == expected, name
+
+
+def test_two_processes_log_what_one_does(runs):
+    (one,), two = runs[1], runs[2]
+    for logged in (one["logged"], two[0]["logged"], two[1]["logged"]):
+        del logged["accuracy"]  # without sync_dist each process has its own
+    assert two[0]["logged"] == two[1]["logged"]
+    assert two[0]["logged"].keys() == one["logged"].keys()
+    for name, value in one["logged"].items():
+        assert two[0]["logged"][name] == pytest.approx(value, rel=2**-22), name  # logged as float32
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_ends_early_leaves_the_model_as_it_was(tmp_path, failure):
+    class Fails(Classifier):
+        def training_step(self, batch, index):
+            if index == 1:
+                raise failure("enough")
+            return super().training_step(batch, index)
+
+    module, ours = Fails(), callback()
+    # Lightning ends the process after a KeyboardInterrupt.
+    with pytest.raises(RuntimeError if failure is RuntimeError else SystemExit):
+        trainer(tmp_path, ours, max_epochs=1, enable_checkpointing=False).fit(module, loader())
+    assert ours.tracker.statistics.num_samples == N // STEPS
+    assert not module.fc._forward_pre_hooks
+
+
+def test_sanity_check_and_several_loaders(tmp_path):
+    """Validation before training does not count; of a combined batch, `labels` takes the part it is told."""
+
+    class Both(Classifier):
+        def training_step(self, batch, index):
+            self.fc(self.body(batch["other"]["inputs"]))
+            return super().training_step(batch["ours"], index)  # the last pass of a step is the one measured
+
+        def validation_step(self, batch, index, dataloader_idx=0):  # noqa: ARG002 (Lightning asks for it)
+            super().validation_step(batch, index)
+
+    module, ours = Both(), NeuralCollapseCallback(labels=lambda batch: batch["ours"]["labels"])
+    fit = trainer(tmp_path, ours, max_epochs=2, num_sanity_val_steps=2, enable_checkpointing=False)
+    fit.fit(module, {"ours": loader(), "other": loader(different=7)}, [loader(), loader()])
+    assert [record["num_samples"] for record in ours.tracker.history] == [N, N]
+    features = torch.cat(module.seen[-5::2])  # the last epoch's second pass of every step
+    means = torch.stack([features[c::C].mean(0) for c in range(C)])
+    centred = (means - features.mean(0)).double()
+    # float32 means of 20 features of order 1, squared
+    trace_between = ours.tracker.history[-1]["trace_between"]
+    assert trace_between == pytest.approx(float(centred.square().sum(1).mean()), rel=1e-5)
+
+
+def test_a_state_waiting_for_training_is_not_lost():
+    ours = callback()
+    ours.load_state_dict({"format": 1})
+    assert ours.state_dict() == {"format": 1}

@@ -404,3 +404,14 @@ def test_a_head_called_by_keyword(loader):
     by_position = Net()
     by_position.load_state_dict(model.state_dict())
     assert ncfast.measure_model(model, loader) == ncfast.measure_model(by_position, loader)
+
+
+def test_test_data_need_a_classifier():
+    features, labels = torch.randn(20, 3), torch.arange(20) % 2
+    with pytest.raises(ValueError, match="test data were given without weight"):
+        ncfast.measure(features, labels, test=(features, labels))
+
+
+def test_num_classes_below_one():
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        ncfast.measure(torch.randn(20, 3), torch.arange(20) % 2, num_classes=0)

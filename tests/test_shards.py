@@ -15,7 +15,7 @@ import torch
 
 import ncfast
 from ncfast import cli
-from ncfast.shards import find_shards, measure_shards
+from ncfast.shards import find_shards, is_sharded, measure_shards
 
 import oracle
 
@@ -193,11 +193,77 @@ def test_damaged_parquet(tmp_path):
         (["--num-classes", "4", "--shards", "4/3"], "--shards must be I/N"),
         (["--num-classes", "4", "--shards", "7/9"], "share 7/9 of the shards is empty"),
         ([], "--num-classes or --classifier"),
+        (["--num-classes", "4", "--test-features", "t"], "nothing to measure on test data"),
+        (["--num-classes", "4", "--weight", "W"], "--classifier, which was not given"),
+        (["--num-classes", "-1"], "num_classes and dim must be at least 1, got -1"),
+        (["--num-classes", "4", "--json", "-", "--csv", "-"], "cannot both go to standard output"),
     ],
 )
 def test_command_line_errors(folder, capsys, arguments, words):
     assert cli.main(["measure", str(folder), *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_bias_that_was_asked_for_must_be_there(folder, classifier, capsys):
+    assert cli.main(["measure", str(folder), "--classifier", str(classifier), "--bias", "b"]) == 2
+    assert "no array is named 'b'; there are: weight, bias" in capsys.readouterr().err
+
+
+def test_brackets_in_the_name_of_a_file_are_no_pattern(tmp_path):
+    path = tmp_path / "run[1].npz"
+    write(path, *whole())
+    assert not is_sharded(path)
+    assert find_shards([path]) == [path]
+    assert cli.main(["measure", str(path), "--json", str(tmp_path / "report.json")]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["num_samples"] == sum(SIZES)
+
+
+def test_an_empty_shard_among_others(folder):
+    suffix = find_shards([folder])[0].suffix
+    features, labels = whole()
+    if suffix == ".parquet":
+        kinds = pyarrow.list_(pyarrow.float32()), pyarrow.int64()
+        columns = [pyarrow.array([], kind) for kind in kinds]
+        table = pyarrow.table(columns, names=["features", "labels"])
+        pyarrow.parquet.write_table(table, folder / "part-.parquet")
+    else:
+        write(folder / f"part-{suffix}", features[:0], labels[:0])
+    shards = find_shards([folder])
+    assert shards[0].stem == "part-"
+    assert_is_the_whole(ncfast.collapse(measure_shards(shards, C)).as_dict())
+
+
+def test_progress_bar(folder, capsys):
+    measure_shards(find_shards([folder]), C, progress=True)
+    err = capsys.readouterr().err
+    assert "shards: 100%" in err
+    assert "4/4" in err
+    measure_shards(find_shards([folder]), C)
+    assert capsys.readouterr().err == ""
+
+
+PEAK = """
+import resource, sys
+from ncfast.shards import measure_shards
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+measure_shards(sys.argv[1:4], 10)
+before = peak()
+measure_shards(sys.argv[1:], 10)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+def test_memory_is_constant_in_the_number_of_shards(tmp_path, suffix):
+    """17 shards more, 8 MiB each, may not add two of them to what three took at their peak."""
+    features, labels = oracle.clustered(10, 256, 8192, 0.5)
+    for i in range(20):
+        write(tmp_path / f"part-{i:02}{suffix}", features, labels)
+    shards = [str(path) for path in find_shards([tmp_path])]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *shards], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout) <= 2 * features.nbytes
 
 
 def test_nothing_to_read(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """ClassStatistics: streaming, merging, saving; exact in deep collapse; a failed update changes nothing."""
 
+import contextlib
 import copy
 import pickle
 
@@ -452,3 +453,25 @@ def test_shifts_and_states_of_any_strides():
     resumed = ncfast.ClassStatistics(5, 8)
     resumed.load_state_dict(state)
     assert torch.equal(resumed.update(features, labels).means, theirs.update(features, labels).means)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_inference_mode_may_come_and_go(backend):
+    """A state made, moved to better shifts or merged in inference mode goes on outside of it, and back."""
+    features, labels = oracle.clustered(3, 4, 60, 0.5)
+    far = torch.full((1, 4), 1e3), torch.zeros(1, dtype=torch.int64)  # an outlier: the shift moves later
+    truth = ncfast.ClassStatistics(3, 4).update(*far)
+    for _ in range(4):
+        truth.update(features, labels)
+    for inside in (True, False):
+        with ncfast.use_backend(backend) if backend else contextlib.nullcontext():
+            with torch.inference_mode(inside):
+                stats = ncfast.ClassStatistics(3, 4).update(*far).update(features, labels)
+                other = copy.deepcopy(ncfast.ClassStatistics(3, 4).update(features, labels))
+            with torch.inference_mode(not inside):
+                stats.merge(other)
+                stats.update(features, labels)
+                state = stats.state_dict()
+            stats.load_state_dict(state)
+            stats.accumulate(features, labels)
+        assert_same_statistics(stats, truth, 1e-5)  # float32 sums of squares, precision high

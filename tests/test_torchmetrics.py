@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import matplotlib.figure
@@ -101,6 +102,38 @@ def test_what_is_not_measurable_is_nan():
     values = metric.compute()
     assert values["nc1"].isnan()
     assert values["trace_within"] > 0
+
+
+def test_a_batch_without_samples_is_nan_and_changes_nothing():
+    """All labels ignored, as of a batch of padding; torchmetrics computes every batch by itself."""
+    metric = NeuralCollapse(C, P)
+    features, labels = batches()[0]
+    metric(features, labels)
+    for batch in ((features, torch.full_like(labels, -100)), (features[:0], labels[:0])):
+        values = metric(*batch)
+        assert list(values) == list(MEANS_FIELDS)
+        assert all(value.isnan() for value in values.values())
+    assert_agree(metric.compute(), expected(batches()[:1]))
+
+
+def test_inference_mode_may_come_and_go():
+    """Lightning validates in inference mode; the same metric may be reset and updated outside of it."""
+    metric = NeuralCollapse(C, P)
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            metric.reset()
+            metric(*batches()[0])
+        with torch.inference_mode(not inside):
+            metric(*batches()[1])
+            metric.update(*batches()[2])
+        assert_agree(metric.compute(), expected(batches()[:3]))
+
+
+def test_scripting():
+    """As torchmetrics' own tests ask of every metric."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit itself
+        torch.jit.script(NeuralCollapse(C, P))
 
 
 @pytest.mark.parametrize(

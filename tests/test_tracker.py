@@ -4,10 +4,13 @@ import copy
 import dataclasses
 import gc
 import io
+import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -299,6 +302,63 @@ def test_evaluate_is_measure_model_and_joins_the_history():
     assert tracker.history[-1]["epoch"] == 11
 
 
+class NamesItsInput(nn.Module):
+    """Calls its head by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(P, C)
+
+    def forward(self, x):
+        return self.fc(input=x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_head_called_by_keyword(compiled):
+    torch.compiler.reset()
+    model = NamesItsInput()
+    tracker = ncfast.Tracker(model)
+    before, features, labels = structure(NamesItsInput()), torch.randn(B, P), torch.arange(B) % C
+    runs = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    runs(features)
+    tracker.update(labels)
+    expected = ncfast.ClassStatistics(C, P).update(features, labels)
+    assert torch.equal(tracker.statistics.sums, expected.sums)
+    tracker.remove()
+    assert [key for key, value in structure(model).items() if "hook" in key[1] and value] == [
+        key for key, value in before.items() if "hook" in key[1] and value
+    ]
+    torch.compiler.reset()
+
+
+def test_inference_mode_may_come_and_go():
+    """What is made in inference mode cannot be written to outside of it: the tracker must not mind."""
+    model, batches = network(), data()
+    witness = Witness(model[-1])
+    tracker = ncfast.Tracker(model)
+    train(model, tracker, batches[:2])
+    with torch.inference_mode():
+        for inputs, labels in batches[2:4]:
+            with tracker.step(labels):
+                model(inputs)
+    train(model, tracker, batches[4:])
+    with torch.inference_mode():
+        report = tracker.end_epoch()
+    assert_is_the_truth(report, witness, batches, model[-1].weight)
+    train(model, tracker, batches)
+    assert tracker.end_epoch().num_samples == 6 * B
+
+
+def test_labels_that_are_no_tensor():
+    model = network()
+    tracker = ncfast.Tracker(model)
+    (inputs, labels), *_ = data()
+    for given in (labels.numpy(), labels.tolist()):
+        model(inputs)
+        tracker.update(given)
+    assert tracker.statistics.num_samples == 2 * B
+
+
 def structure(model):
     """Every attribute of every module; of a container, its items."""
     attributes = {}
@@ -438,6 +498,28 @@ def test_end_epoch_refuses_a_percentage_and_an_empty_epoch():
         tracker.end_epoch()
 
 
+def test_an_unknown_option_is_refused_before_anything_is_hooked():
+    model = network()
+    before = structure(model)
+    for option in ({"global_mean": "median"}, {"precision": "exact"}, {"nonfinite": "maybe"}):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            ncfast.Tracker(model, **option)
+    assert structure(model) == before
+
+
+@pytest.mark.parametrize("epoch", [np.int64(3), torch.tensor(3)])
+def test_epochs_of_any_integer_type_are_saved(tmp_path, epoch):
+    tracker = ncfast.Tracker(network())
+    train(tracker.model, tracker, data(1))
+    tracker.end_epoch(torch.tensor(1.0), epoch=epoch)
+    tracker.save(tmp_path / "run.json")
+    assert read_history(tmp_path / "run.json") == tracker.history
+    tracker.load_state_dict(tracker.state_dict())
+    assert tracker.history[0]["epoch"] == 3
+    with pytest.raises(TypeError, match="integer"):
+        tracker.evaluate(data(1), epoch=3.5)
+
+
 def test_a_model_without_a_linear_layer():
     with pytest.raises(ValueError, match=r"pass head="):
         ncfast.Tracker(nn.Sequential(nn.ReLU()))
@@ -551,6 +633,48 @@ def test_tensorboard(tmp_path):
     assert event.value == pytest.approx(tracker.history[-1]["nc1"], rel=2**-24)  # stored as float32
 
 
+def test_log_fits_weights_and_biases():
+    """`wandb.log(data, step=None)` takes one dict of names to numbers, and counts its own steps."""
+    logged = []
+
+    def log(data, step=None):
+        assert step is None
+        assert all(isinstance(name, str) and type(value) in (int, float) for name, value in data.items())
+        logged.append(json.loads(json.dumps(data)))
+
+    tracker = ncfast.Tracker(network())
+    for error in ERRORS[:2]:
+        train(tracker.model, tracker, data(2))
+        tracker.end_epoch(1 - error)
+        tracker.log(log)
+    assert [entry["epoch"] for entry in logged] == [1, 2]
+    assert [entry["collapse/terminal_phase"] for entry in logged] == [0.0, 1.0]
+    assert [entry["collapse/nc1"] for entry in logged] == [record["nc1"] for record in tracker.history]
+
+
+def test_plot(tmp_path):
+    """The figure of the history: every line its numbers, NC4 where `evaluate` measured it, both marks."""
+    tracker = run()
+    tracker.evaluate(data(2), epoch=6)
+    figure = tracker.plot(path=tmp_path / "run.png", title="a run")
+    lines = {axes.get_title(loc="left")[:6]: axes.lines for axes in figure.axes}
+    for panel, names in {
+        "Fig. 2": ["nc2_equinorm_means", "nc2_equinorm_classifier"],
+        "Fig. 6": ["nc1"],
+        "Fig. 7": ["nc4_disagreement"],
+    }.items():
+        for line, name in zip(lines[panel], names, strict=False):
+            assert list(line.get_xdata()) == [1, 2, 3, 4, 5, 6]
+            drawn = np.array([record[name] for record in tracker.history], dtype=float)
+            assert np.array_equal(line.get_ydata(), drawn, equal_nan=True)
+    assert np.isfinite(lines["Fig. 7"][0].get_ydata()).tolist() == [False] * 5 + [True]
+    dashed = [line.get_xdata()[0] for line in lines["Fig. 6"] if line.get_linestyle() == "--"]
+    assert dashed == [tracker.first_zero_error]
+    assert imread(tmp_path / "run.png").ndim == 3
+    with pytest.raises(ValueError, match="no records"):
+        ncfast.Tracker(network()).plot()
+
+
 # ---- checkpoints ----
 
 
@@ -574,6 +698,7 @@ def test_state_dict_round_trips_through_weights_only():
         (lambda state: state.update(format=99), "format 99"),
         (lambda state: state["statistics"].update(counts=[1]), "counts must be a tensor"),
         (lambda state: state["history"][0].pop("nc1"), "not a history"),
+        (lambda state: state.update(history=5), "history must be a list"),
     ],
 )
 def test_a_foreign_state_is_refused(change, words):

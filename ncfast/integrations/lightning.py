@@ -1,9 +1,11 @@
 """NeuralCollapseCallback: a Tracker for lightning.Trainer."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -44,12 +46,17 @@ class NeuralCollapseCallback(Callback):
         self.tracker: Tracker | None = None
         self._resumed: dict[str, Any] | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the tracker, now that the model is on its device."""
         head = None if self.head is None else pl_module.get_submodule(self.head)
         self.tracker = Tracker(pl_module, head, **self.options)
         if self._resumed is not None:
-            self.tracker.load_state_dict(self._resumed)
+            resumed = self._resumed["statistics"]
+            if trainer.global_rank:  # rank 0 goes on from what all have seen, the others from nothing
+                seen = {name: value for name, value in resumed.items() if isinstance(value, torch.Tensor)}
+                nothing = {name: torch.zeros_like(value) for name, value in seen.items() if name != "shift"}
+                resumed = resumed | nothing | {"num_skipped": 0}
+            self.tracker.load_state_dict(self._resumed | {"statistics": resumed})
             self._resumed = None
 
     def on_train_batch_end(
@@ -72,7 +79,8 @@ class NeuralCollapseCallback(Callback):
                 raise ValueError(
                     f"no metric {self.train_accuracy!r} was logged; there are: {', '.join(sorted(logged))}"
                 )
-            accuracy = float(logged[self.train_accuracy])
+            # Logged without sync_dist it is that of this process.
+            accuracy = float(trainer.strategy.reduce(logged[self.train_accuracy].clone(), reduce_op="mean"))
         self._tracker.end_epoch(accuracy, epoch=trainer.current_epoch)
         # Every process has the same numbers: the mean over them, which Lightning asks for, changes nothing.
         self._tracker.log(
@@ -86,9 +94,20 @@ class NeuralCollapseCallback(Callback):
         """Leave the model as it was."""
         self._tracker.remove()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Leave the model as it was when training ends early, too."""
+        if self.tracker is not None:
+            self.tracker.remove()
+
     def state_dict(self) -> dict[str, Any]:
-        """The state of the tracker, for the checkpoint."""
-        return {} if self.tracker is None else self.tracker.state_dict()
+        """The state of the tracker, for the checkpoint: of all processes, for only one of them is saved."""
+        if self.tracker is None:
+            return self._resumed or {}
+        state = self.tracker.state_dict()
+        if dist.is_available() and dist.is_initialized():
+            whole = copy.deepcopy(self.tracker.statistics).all_reduce(self.tracker.group)
+            state["statistics"] = whole.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember a state until training starts."""

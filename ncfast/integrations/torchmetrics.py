@@ -8,7 +8,7 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from ncfast.collapse import GLOBAL_MEANS, collapse
+from ncfast.collapse import check_global_mean, collapse
 from ncfast.measure import classifier_of
 from ncfast.statistics import ClassStatistics
 
@@ -93,8 +93,7 @@ class NeuralCollapse(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if global_mean not in GLOBAL_MEANS:
-            raise ValueError(f"global_mean must be one of {', '.join(GLOBAL_MEANS)}, got {global_mean!r}")
+        check_global_mean(global_mean)
         self.global_mean = global_mean
         self._head = None if head is None else _Shared(head)
         self.fields = MEANS_FIELDS if head is None else MEANS_FIELDS + CLASSIFIER_FIELDS
@@ -122,10 +121,11 @@ class NeuralCollapse(Metric):
         self._keep(stats)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """The fields by name."""
+        """The fields by name; all NaN without samples, as of a batch whose labels are all ignored."""
         classifier = (None, None) if self._head is None else classifier_of(self._head.module)
-        report = collapse(self._statistics(self.metric_state), *classifier, global_mean=self.global_mean)
-        values = ((name, getattr(report, name)) for name in self.fields)
+        stats = self._statistics(self.metric_state)
+        report = collapse(stats, *classifier, global_mean=self.global_mean) if stats.num_samples else None
+        values = ((name, getattr(report, name, None)) for name in self.fields)
         return {
             name: torch.tensor(torch.nan if value is None else value, dtype=torch.float64, device=self.device)
             for name, value in values
