@@ -2,9 +2,9 @@
 
     python benchmarks/bench_pair_geometry.py               (C=32,768: a few minutes, 2 GiB for the opponent)
 
-Opponents: with the full C×C matrices, in float64 and in float32; and in chunks of rows, whose size is swept first,
-where C×C would not fit. float32 opponents get the answer right to a few digits only. Nothing is timed before
-the answers agree. Times are medians of runs that take turns.
+Opponents: with the full C×C matrices, in float64 and in float32; and where C×C would not fit in chunks of
+rows, whose size is swept first. float32 opponents get the answer right to a few digits only. Nothing is timed
+before the answers agree. Times are medians of runs that take turns.
 """
 
 import argparse
@@ -121,10 +121,9 @@ def compare(C, p, rounds, opponents):
         for name, function in functions.items():
             times[name].append(seconds(function))
     medians = {name: statistics.median(runs) for name, runs in times.items()}
-    products = C * (C - 1) / 2 * p / medians["ncfast"] / 1e9
-    print(
-        f"C={C} p={p}, ncfast: {medians['ncfast']:.3f} s, {products:.1f} GFMA/s, {(after - before) / 1024:.0f} MiB"
-    )
+    own, peak = medians["ncfast"], (after - before) / 1024
+    products = C * (C - 1) / 2 * p / own / 1e9
+    print(f"C={C} p={p}, ncfast: {own:.3f} s, {products:.1f} GFMA/s, {peak:.0f} MiB more at peak")
     for name in opponents:
         print(
             f"    {name:24} {medians[name]:9.3f} s   ncfast {medians[name] / medians['ncfast']:.2f}×",

@@ -33,8 +33,19 @@ def pair_geometry(
         nearest_index=nearest_index.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    *shared, cdnv = statistics.unbind()
-    return PairGeometry(*shared, nearest_distance, nearest_index, None if variances is None else cdnv)
+    mean, std, low, high, deviation, kernel_mean, kernel_std, cdnv = statistics.unbind()
+    return PairGeometry(
+        cosine_mean=mean,
+        cosine_std=std,
+        cosine_min=low,
+        cosine_max=high,
+        max_angle_deviation=deviation,
+        log_kernel_mean=kernel_mean,
+        log_kernel_std=kernel_std,
+        nearest_distance=nearest_distance,
+        nearest_index=nearest_index,
+        cdnv=None if variances is None else cdnv,
+    )
 
 
 def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
