@@ -1,13 +1,17 @@
-// class_scatter under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set of this
-// machine: `make sanitize`. Buffers are exactly as large as the contract says, so that one element too many
-// is found. It checks counts and the bounds of memory; the values are the business of tests/.
+// The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set of this
+// machine: `make sanitize`. Buffers are exactly as large as the contracts say, so that one element too many
+// is found. It checks counts, the range of indices and the bounds of memory; the values are the business of
+// tests/.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
+#include "cpu/affine_argmax.h"
 #include "cpu/class_scatter.h"
+#include "cpu/pair_geometry.h"
 
 namespace {
 
@@ -70,6 +74,56 @@ void run(const Shape& shape, ncfast::Dtype dtype, size_t size, ncfast::Isa isa, 
   }
 }
 
+void fail(const char* what, ncfast::Isa isa) {
+  std::fprintf(stderr, "%s: %s\n", ncfast::name(isa), what);
+  std::exit(1);
+}
+
+void decide(const Shape& shape, ncfast::Dtype dtype, size_t size, ncfast::Isa isa) {
+  const auto [N, p, C] = shape;
+  const int64_t row_bytes = (p + 1) * size;
+  std::vector<char> memory(1 + (N ? (N - 1) * row_bytes + p * size : 0));
+  for (size_t i = 0; i < memory.size(); i++) memory[i] = static_cast<char>(i % 61);
+  std::vector<float> middle(p, 0.5f);
+  std::vector<double> weight(C * p), bias(C);
+  for (size_t i = 0; i < weight.size(); i++) weight[i] = static_cast<double>(i % 37) - 18;
+  std::vector<int64_t> index[2] = {std::vector<int64_t>(N, -1), std::vector<int64_t>(N, -1)};
+  const std::unique_ptr<bool[]> decided[2] = {std::make_unique<bool[]>(N), std::make_unique<bool[]>(N)};
+  ncfast::AffineRule rules[2];
+  for (int r = 0; r < 2; r++) {
+    rules[r] = {C - r * (C - 1), weight.data(), bias.data(), 0, 0, index[r].data(), decided[r].get()};
+  }
+  const ncfast::AffineArgmax call = {N, p, dtype, memory.data() + 1, row_bytes, middle.data(), 2, rules};
+  ncfast::affine_argmax(call, isa, 3, [] {});
+  for (const auto& decisions : index) {
+    for (int64_t c : decisions) {
+      if (c < 0 || c >= C) fail("a decision out of range", isa);
+    }
+  }
+}
+
+void pairs(int64_t C, int64_t p, ncfast::Isa isa) {
+  std::vector<double> rows(C * p), other(C * p), variances(C, 1.0), nearest(C), radii(C);
+  for (size_t i = 0; i < rows.size(); i++) {
+    rows[i] = static_cast<double>(i % 41) - 20;  // rows repeat: some pairs are equal
+    other[i] = static_cast<double>(i % 43) - 21;
+  }
+  std::vector<int64_t> index(C, -1), classes(C);
+  for (int64_t c = 0; c < C; c++) classes[c] = C - 1 - c;
+  ncfast::PairStatistics statistics;
+  ncfast::pair_geometry({C, p, rows.data(), variances.data(), &statistics, nearest.data(), index.data()}, isa,
+                        3, [] {});
+  for (int64_t c = 0; c < C; c++) {
+    if (index[c] < 0 || index[c] >= C || index[c] == c) fail("a nearest row out of range", isa);
+  }
+  ncfast::etf_error({C, p, rows.data(), rows.data()}, isa, 3, [] {});
+  ncfast::etf_error({C, p, rows.data(), other.data()}, isa, 3, [] {});
+  for (const int64_t A : {int64_t{0}, C / 2, C}) {
+    ncfast::decision_radius(
+        {C, p, A, rows.data(), variances.data(), other.data(), classes.data(), radii.data()}, isa, 3, [] {});
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -89,6 +143,15 @@ int main() {
         }
       }
     }
-    std::printf("class_scatter on %s: clean\n", ncfast::name(isa));
+    for (const Shape& shape : kShapes) {
+      decide(shape, ncfast::Dtype::float32, 4, isa);
+      decide(shape, ncfast::Dtype::bfloat16, 2, isa);
+      decide(shape, ncfast::Dtype::float16, 2, isa);
+      decide(shape, ncfast::Dtype::float64, 8, isa);
+    }
+    for (const int64_t C : {2, 47, 48, 49, 97, 230}) {
+      for (const int64_t p : {1, 7, 8, 127, 129, 300}) pairs(C, p, isa);
+    }
+    std::printf("%s: clean\n", ncfast::name(isa));
   }
 }
