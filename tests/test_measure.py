@@ -415,3 +415,14 @@ def test_test_data_need_a_classifier():
 def test_num_classes_below_one():
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         ncfast.measure(torch.randn(20, 3), torch.arange(20) % 2, num_classes=0)
+
+
+def test_the_cpu_kernels_carry_all_of_it():
+    """Forced, they run or raise: nothing falls back to the reference. Few samples show bf16x3 as 1e-4."""
+    features, labels = oracle.clustered(7, 33, 300, 0.5)
+    weight = torch.randn(7, 33)
+    with ncfast.use_backend("cpu"), ncfast.ops.dispatch.record() as ran:
+        report = ncfast.measure(features, labels, weight)
+    assert {backend for _, backend in ran} == {"cpu"}
+    assert {operation for operation, _ in ran} == {"class_scatter", "affine_argmax", "pair_geometry"}
+    oracle.assert_reports_agree(report, oracle.two_pass(features, labels, 7, weight), 1e-4, 1e-6)

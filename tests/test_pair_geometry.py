@@ -129,6 +129,14 @@ def test_rows_without_a_direction_and_equal_rows(backend):
     assert equal.log_kernel_mean == math.inf
 
 
+def test_one_dimension_has_two_directions(backend):
+    with backends.forced("pair_geometry", backend):
+        geometry = ncfast.pair_geometry(torch.tensor([[0.1], [-3.0], [0.7]]))
+    assert geometry.cosine_min == -1
+    assert geometry.cosine_max == 1
+    assert geometry.log_kernel_mean == math.inf  # 0.1 and 0.7 point exactly the same way
+
+
 @pytest.mark.parametrize(("C", "p"), [(2, 1), (5, 9), (33, 8)])
 def test_etf_error(backend, C, p):
     left, right = torch.randn(C, p, dtype=torch.float64), torch.randn(C, p)

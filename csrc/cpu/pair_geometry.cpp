@@ -129,12 +129,13 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
   threads = threads_for(threads, 0.5 * C * C * p);
   const Panels panels(call.vectors, C, p, threads);
   const std::vector<double> squares = squares_of(body, call.vectors, C, p, threads);
+  const std::vector<double> norms = roots_of(squares);
   std::vector<double> inverse(squares.size()), variances(squares.size());
   for (int64_t c = 0; c < C; c++) {
-    inverse[c] = squares[c] > 0 ? 1 / std::sqrt(squares[c]) : kNan;
+    inverse[c] = squares[c] > 0 ? 1 / norms[c] : kNan;
     if (call.variances) variances[c] = call.variances[c];
   }
-  const PairRows rows = {C, p, call.vectors, squares.data(), inverse.data(), variances.data()};
+  const PairRows rows = {C, p, call.vectors, squares.data(), norms.data(), inverse.data(), variances.data()};
   const int64_t room = std::max<int64_t>(4 * kSide * kSide, 8 * C);
   std::vector<Nearest> nearest(threads * C, {kInfinity, std::numeric_limits<int64_t>::max()});
   std::vector<double> most(threads * C, kInfinity);

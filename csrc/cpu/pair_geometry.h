@@ -88,6 +88,7 @@ struct PairRows {
   int64_t C, p;
   const double* vectors;
   const double* squares;    // [C padded to kSide] |u|^2
+  const double* norms;      // [C] |u|
   const double* inverse;    // [C padded] 1 / |u|; NaN for a row of zeros
   const double* variances;  // [C padded]
 };

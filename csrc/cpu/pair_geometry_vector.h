@@ -119,26 +119,26 @@ struct PairVectors {
     }
   }
 
-  // |u - v|^2 and |u / |u| - v / |v||^2, the latter from u - v |u| / |v|: exactly 0 for rows that are equal,
-  // whatever the compiler contracts.
+  // |u - v|^2 and |u / |u| - v / |v||^2. Divided, not multiplied: nothing is contracted then, and rows that
+  // are equal, or of equal direction in one dimension, have exactly no distance.
   static void differences(const PairRows& rows, int64_t i, int64_t j, double* square, double* unit_square) {
     const double *u = rows.vectors + i * rows.p, *v = rows.vectors + j * rows.p;
-    const double ratio = rows.inverse[j] / rows.inverse[i];
+    const double a = rows.norms[i], b = rows.norms[j];
     V total = {}, unit_total = {};
     int64_t k = 0;
     for (; k + W <= rows.p; k += W) {
-      const V x = load(u + k), y = load(v + k), d = x - y, e = x - y * ratio;
+      const V x = load(u + k), y = load(v + k), d = x - y, e = x / a - y / b;
       total += d * d;
       unit_total += e * e;
     }
     double rest = 0, unit_rest = 0;
     for (; k < rows.p; k++) {
-      const double d = u[k] - v[k], e = u[k] - v[k] * ratio;
+      const double d = u[k] - v[k], e = u[k] / a - v[k] / b;
       rest += d * d;
       unit_rest += e * e;
     }
     *square = sum(total) + rest;
-    *unit_square = (sum(unit_total) + unit_rest) / rows.squares[i];
+    *unit_square = sum(unit_total) + unit_rest;
   }
 
   static void lower(Nearest* nearest, double square, int64_t index) {
