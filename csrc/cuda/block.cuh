@@ -32,6 +32,19 @@ __device__ inline unsigned scan_block(unsigned value, unsigned* total) {
   return before + up_to - value;
 }
 
+// Replaces values[0 … n) by the sums of those before them, with the whole block; returns the total.
+__device__ inline unsigned scan_array(unsigned* values, int64_t n) {
+  unsigned carry = 0;
+  for (int64_t first = 0; first < n; first += kThreads) {
+    const int64_t i = first + threadIdx.x;
+    unsigned total;
+    const unsigned before = scan_block(i < n ? values[i] : 0, &total);
+    if (i < n) values[i] = carry + before;
+    carry += total;
+  }
+  return carry;
+}
+
 __device__ inline int64_t read_label(const void* labels, int size, int64_t bytes, int64_t i) {
   const char* at = static_cast<const char*>(labels) + i * bytes;
   return size == 8 ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);

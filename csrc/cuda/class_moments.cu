@@ -1,10 +1,9 @@
-#include "cuda/class_moments.h"
-
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
 #include "cuda/block.cuh"
+#include "cuda/class_moments.h"
 
 namespace ncfast {
 namespace {
@@ -89,16 +88,8 @@ __global__ void __launch_bounds__(kThreads) digit_count(const Sort s) {
 
 // One block per digit.
 __global__ void __launch_bounds__(kThreads) digit_scan(const Sort s) {
-  unsigned* before = s.before + blockIdx.x * s.tiles;
-  unsigned carry = 0;
-  for (int64_t first = 0; first < s.tiles; first += kThreads) {
-    const int64_t tile = first + threadIdx.x;
-    unsigned total;
-    const unsigned sum = scan_block(tile < s.tiles ? before[tile] : 0, &total);
-    if (tile < s.tiles) before[tile] = carry + sum;
-    carry += total;
-  }
-  if (threadIdx.x == 0) s.totals[blockIdx.x] = carry;
+  const unsigned total = scan_array(s.before + blockIdx.x * s.tiles, s.tiles);
+  if (threadIdx.x == 0) s.totals[blockIdx.x] = total;
 }
 
 __global__ void __launch_bounds__(kThreads) digit_scatter(const Sort s) {
@@ -225,7 +216,8 @@ __device__ Piece<Stored, kVector> read_piece(const Stored* at, int width) {
   return piece;
 }
 
-// Where a run's part of class c goes that ends before `end`: its place in the result when it is all of the class.
+// Where a run's part of class c goes that ends before `end`: its place in the result when it is all of the
+// class.
 struct Target {
   double* sums;
   double* sumsq;
@@ -379,9 +371,7 @@ void add_rows(std::vector<Launch>* plan, bool aligned, int64_t grid, const Momen
   }
 }
 
-int element_bytes(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+int element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // Threads per row: the power of two that leaves the fewest idle, at least a warp's worth of what there is.
 int team_of(int64_t pieces) {
@@ -436,28 +426,25 @@ int64_t class_moments_workspace(const ClassMoments& call) { return Workspace(cal
 std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace) {
   const Workspace w(call, workspace);
   std::vector<Launch> plan;
-  const Encode encode = {call.N,           call.C,           call.labels,
-                         call.label_size,  call.label_bytes, call.ignore_index,
-                         w.keys[0],        call.radii,       call.dtype == Dtype::float64};
+  const Encode encode = {call.N,          call.C,           call.labels,
+                         call.label_size, call.label_bytes, call.ignore_index,
+                         w.keys[0],       call.radii,       call.dtype == Dtype::float64};
   add(&plan, "moments_encode", &moments_encode, cover(call.N, kThreads), kThreads, encode);
   int side = 0;
   for (int bit = 0; bit == 0 || call.C >> bit != 0; bit += 8) {
-    const Sort sort = {call.N,         w.tiles,
-                       bit,            w.keys[side],
-                       bit == 0 ? nullptr : w.rows[side],
-                       w.keys[!side],  w.rows[!side],
-                       w.before,       w.totals};
+    const Sort sort = {
+        call.N,        w.tiles,       bit,      w.keys[side], bit == 0 ? nullptr : w.rows[side],
+        w.keys[!side], w.rows[!side], w.before, w.totals};
     add(&plan, "digit_count", &digit_count, w.tiles, kThreads, sort);
     add(&plan, "digit_scan", &digit_scan, w.tiles == 0 ? 0 : kDigits, kThreads, sort);
     add(&plan, "digit_scatter", &digit_scatter, w.tiles, kThreads, sort);
     side = !side;
   }
-  const Moments m = {call.N,        call.p,       call.C,
-                     static_cast<const char*>(call.features),
-                     call.row_bytes, call.shift,
-                     call.counts,   call.sums,    call.sumsq, call.radii,
-                     w.keys[side],  w.rows[side], w.starts,   w.partials,
-                     w.runs,        w.run,        w.team};
+  const Moments m = {call.N,         call.p,     call.C,       static_cast<const char*>(call.features),
+                     call.row_bytes, call.shift, call.counts,  call.sums,
+                     call.sumsq,     call.radii, w.keys[side], w.rows[side],
+                     w.starts,       w.partials, w.runs,       w.run,
+                     w.team};
   add(&plan, "moments_bounds", &moments_bounds, cover(call.C + 1, kWarps), kThreads, m);
   const int64_t grid = cover(w.runs, kThreads / w.team);
   switch (call.dtype) {
@@ -474,7 +461,8 @@ std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace
       add_rows<3, 8>(&plan, aligned(call), grid, m);
       break;
   }
-  add(&plan, "moments_join", &moments_join, w.runs * std::min(kJoinTiles, cover(call.p + 1, 32)), kThreads, m);
+  add(&plan, "moments_join", &moments_join, w.runs * std::min(kJoinTiles, cover(call.p + 1, 32)), kThreads,
+      m);
   return plan;
 }
 

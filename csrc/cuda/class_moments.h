@@ -40,7 +40,7 @@ struct ClassMoments {
   int64_t* counts;  // [C]
   double* sums;     // [C, p] sum of h - k_y
   double* sumsq;    // [C] sum of |h - k_y|^2
-  void* radii;      // [N] |h - k_y|, NaN for a row left out; float64 when the features are, else float32; or null
+  void* radii;  // [N] |h - k_y|, NaN for a row left out; float64 when the features are, else float32; or null
 };
 
 // Bytes of device memory, aligned to 256, that the plan needs beside its outputs.

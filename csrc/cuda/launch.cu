@@ -1,8 +1,8 @@
-#include "cuda/launch.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
+
+#include "cuda/launch.h"
 
 namespace ncfast {
 
