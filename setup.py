@@ -1,5 +1,6 @@
-"""Build ncfast._cpu and, where there is an nvcc, ncfast._cuda. They take raw pointers and link no libtorch: one
-build serves every version of torch.
+"""Build ncfast._cpu and, where there is an nvcc, ncfast._cuda.
+
+They take raw pointers and link no libtorch: one build serves every version of torch.
 
 NCFAST_CUDA=0 leaves ncfast._cuda out; NCFAST_CUDA=1 makes it an error when it cannot be built.
 NCFAST_CUDA_ARCHS="80 90" chooses its architectures; no GPU is needed to build it.
@@ -48,7 +49,10 @@ class BuildExt(build_ext):
             return None
         includes = ["csrc", pybind11.get_include(), sysconfig.get_path("include")]
         command = [NVCC, "-shared", "-std=c++17", "-O3", "--threads=0", *architectures()]
-        command += ["-Xcompiler=-fPIC,-fvisibility=hidden,-g0,-Wall,-Wextra", *(f"-I{path}" for path in includes)]
+        command += [
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-g0,-Wall,-Wextra",
+            *(f"-I{path}" for path in includes),
+        ]
         try:
             subprocess.run([*command, *ext.sources, "-o", str(target)], check=True)
         except subprocess.CalledProcessError as error:

@@ -55,8 +55,11 @@ def test_wide_loads(cubins):
     listing = subprocess.run(
         [tool, "-c", cubins["class_moments"][0]], capture_output=True, text=True, check=True
     ).stdout
+    vectors = []
     for body in re.split(r"\.section\s+\.text\.", listing)[1:]:
         vector = re.match(r"\S*moments_rowsILi\dELi(\d)E", body)
         if vector:
+            vectors.append(vector[1])
             # Four rows in flight.
             assert len(re.findall(r"LDG\.E\.128", body)) >= (0 if vector[1] == "1" else 4), body[:80]
+    assert sorted(vectors) == ["1", "1", "1", "1", "2", "4", "8", "8"]

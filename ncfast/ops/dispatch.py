@@ -1,8 +1,8 @@
 """The only place that knows which backends exist, and picks one.
 
 A backend of an operation is a module `ncfast.ops.<operation>.<backend>` with two functions: the operation
-itself, and `refuses(features) -> str | None`, which says why it cannot take these features (None: it can). One
-that does less than the operation also has `lacks(**options) -> str | None`, asked about the options of the call.
+itself, and `refuses(features) -> str | None`, which says why it cannot take these features (None: it can).
+One that does less than the operation also has `lacks(**options) -> str | None`, asked about the call's options.
 Nothing is picked by trying and catching: a backend runs when the machine has it and it does not refuse.
 """
 

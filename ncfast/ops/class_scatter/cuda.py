@@ -1,4 +1,4 @@
-"""class_scatter without the scatter, in CUDA C++ (csrc/cuda/class_moments.h): one read in the order of labels."""
+"""class_scatter without the scatter, in CUDA C++ (csrc/cuda/class_moments.h): rows are read in class order."""
 
 from typing import Any
 
