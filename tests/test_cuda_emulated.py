@@ -145,6 +145,22 @@ def test_labels(ptx):
     assert_close(result, features, out, shift)
 
 
+def test_long_runs(ptx):
+    """Enough rows for runs of 32; few are used, so that few are emulated. Row i is the numbers from i on."""
+    N, p, C = 66_000, 256, 3
+    features = torch.randn(N + p - 1).unfold(0, p, 1)
+    labels = torch.full((N,), -100)
+    kept = torch.arange(7, N, 443)
+    labels[kept] = torch.randint(0, C, kept.shape)
+    shift = torch.randn(C, p)
+    result, call, read = cuda.describe(features, labels, shift, True, -100)
+    (join,) = [launch for launch in _cuda.plan(call, 0) if launch.kernel == "moments_join"]
+    assert join.grid == -(-N // 32) * -(-(p + 1) // 32)
+    emulate(ptx["class_moments"], call, [*read, *(t for t in result if t is not None)], race=False)
+    assert int(result.radii.isnan().sum()) == N - len(kept)
+    assert_close(result._replace(radii=result.radii[kept]), features[kept], labels[kept], shift)
+
+
 def test_ignored_rows_are_never_read(ptx):
     features, labels, shift = sample(60, 8, 4)
     features[labels == -100] = torch.nan

@@ -2,7 +2,7 @@
 
 A backend of an operation is a module `ncfast.ops.<operation>.<backend>` with two functions: the operation
 itself, and `refuses(features) -> str | None`, which says why it cannot take these features (None: it can).
-One that does less than the operation also has `lacks(**options) -> str | None`, asked about the call's options.
+One that does less than the operation also has `lacks(**options) -> str | None`, about a call's options.
 Nothing is picked by trying and catching: a backend runs when the machine has it and it does not refuse.
 """
 

@@ -1,4 +1,4 @@
-"""class_scatter without the scatter, in CUDA C++ (csrc/cuda/class_moments.h): rows are read in class order."""
+"""class_scatter without the scatter, in CUDA C++ (csrc/cuda/class_moments.h): rows in class order."""
 
 from typing import Any
 
