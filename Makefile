@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format sanitize clean
+.PHONY: demo test gpu lint format sanitize clean
 
 # PyTorch comes first and by itself: a machine without a GPU then keeps the build it is given here.
 $(VENV)/.torch:
@@ -13,7 +13,7 @@ $(VENV)/.torch:
 	$(BIN)/pip install "$(TORCH)"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*)
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	$(BIN)/pip install -e '.[dev]'
 	touch $@
 
@@ -23,16 +23,24 @@ demo: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# For machines with a GPU and the CUDA toolkit; never run on hardware so far.
+gpu: $(VENV)/.dev
+	$(BIN)/python -c "import torch; torch.cuda.current_device()"
+	NCFAST_CUDA=1 $(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python -m pytest -m gpu
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 sanitize:
 	mkdir -p build

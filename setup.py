@@ -1,22 +1,84 @@
-"""Build ncfast._cpu. It takes raw pointers and links no libtorch: one build serves every version of torch."""
+"""Build ncfast._cpu and, where there is an nvcc, ncfast._cuda.
 
+They take raw pointers and link no libtorch: one build serves every version of torch.
+
+NCFAST_CUDA=0 leaves ncfast._cuda out; NCFAST_CUDA=1 makes it an error when it cannot be built.
+NCFAST_CUDA_ARCHS="80 90" chooses its architectures; no GPU is needed to build it.
+"""
+
+import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 from glob import glob
+from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.errors import CompileError
 
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "ncfast._cpu",
-            [*sorted(glob("csrc/cpu/*.cpp")), "csrc/bind.cpp"],
-            depends=sorted(glob("csrc/cpu/*.h")),
-            include_dirs=["csrc"],
-            cxx_std=17,
-            extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra", "-pthread"],
-            extra_link_args=["-pthread", "-ldl"] if sys.platform == "linux" else ["-pthread"],
+CUDA = os.environ.get("NCFAST_CUDA") or "auto"
+if CUDA not in ("0", "1", "auto"):
+    raise ValueError(f"NCFAST_CUDA must be 0 or 1, got {CUDA!r}")
+NVCC = shutil.which("nvcc")
+
+
+def architectures():
+    """Machine code for each architecture, and PTX of the last one for those to come."""
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = {name.removeprefix("compute_") for name in listed.split()}
+    chosen = (os.environ.get("NCFAST_CUDA_ARCHS") or "").replace(",", " ").split()
+    chosen = chosen or [number for number in ("80", "90", "100") if number in known]
+    codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
+    return [*codes, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+
+
+class BuildExt(build_ext):
+    """Also builds ncfast._cuda, by one call of nvcc."""
+
+    def build_extension(self, ext):
+        if ext.name != "ncfast._cuda":
+            return super().build_extension(ext)
+        if NVCC is None:
+            raise CompileError("NCFAST_CUDA=1, but there is no nvcc on the PATH")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        newest = max(os.path.getmtime(name) for name in [*ext.sources, *ext.depends, __file__])
+        if not self.force and target.exists() and os.path.getmtime(target) > newest:
+            return None
+        includes = ["csrc", pybind11.get_include(), sysconfig.get_path("include")]
+        command = [NVCC, "-shared", "-std=c++17", "-O3", "--threads=0", *architectures()]
+        command += [
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-g0,-Wall,-Wextra",
+            *(f"-I{path}" for path in includes),
+        ]
+        try:
+            subprocess.run([*command, *ext.sources, "-o", str(target)], check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"nvcc: {error}") from error
+
+
+extensions = [
+    Pybind11Extension(
+        "ncfast._cpu",
+        [*sorted(glob("csrc/cpu/*.cpp")), "csrc/bind.cpp"],
+        depends=sorted(glob("csrc/cpu/*.h")),
+        include_dirs=["csrc"],
+        cxx_std=17,
+        extra_compile_args=["-O3", "-g0", "-Wall", "-Wextra", "-pthread"],
+        extra_link_args=["-pthread", "-ldl"] if sys.platform == "linux" else ["-pthread"],
+    )
+]
+if CUDA == "1" or (CUDA == "auto" and NVCC):
+    extensions.append(
+        Extension(
+            "ncfast._cuda",
+            [*sorted(glob("csrc/cuda/*.cu")), "csrc/cuda/bind.cpp"],
+            depends=[*sorted(glob("csrc/cuda/*.h")), *sorted(glob("csrc/cuda/*.cuh"))],
+            optional=CUDA == "auto",
         )
-    ],
-    cmdclass={"build_ext": build_ext},
-)
+    )
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt})

@@ -65,6 +65,20 @@ def test_explain_agrees_with_what_ran():
     assert dict(dispatch.explain("class_scatter", FEATURES))[ran] == "runs"
 
 
+def test_a_backend_that_lacks_an_option_is_passed_over(monkeypatch):
+    backend = dispatch._module("class_scatter", dispatch.explain("class_scatter", FEATURES)[2][0])
+    assert backend.__name__.endswith(".cpu")
+    monkeypatch.setattr(
+        backend, "lacks", lambda scatter=True: "no scatter" if scatter else None, raising=False
+    )
+    assert run() == [("class_scatter", "reference")]
+    with dispatch.record() as ran:
+        ncfast.class_scatter(FEATURES, LABELS, torch.zeros(2, 3), scatter=False)
+    assert ran == [("class_scatter", "cpu")]
+    with ncfast.use_backend("cpu"), pytest.raises(RuntimeError, match="no scatter"):
+        run()
+
+
 def test_recording_is_local_and_ends():
     with dispatch.record() as outer:
         with dispatch.record() as inner:

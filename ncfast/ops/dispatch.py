@@ -2,6 +2,7 @@
 
 A backend of an operation is a module `ncfast.ops.<operation>.<backend>` with two functions: the operation
 itself, and `refuses(features) -> str | None`, which says why it cannot take these features (None: it can).
+One that does less than the operation also has `lacks(**options) -> str | None`, about a call's options.
 Nothing is picked by trying and catching: a backend runs when the machine has it and it does not refuse.
 """
 
@@ -48,14 +49,16 @@ def record() -> Iterator[list[tuple[str, str]]]:
         _recording.reset(token)
 
 
-def select(operation: str, features: torch.Tensor, function: str | None = None) -> Callable[..., Any]:
+def select(
+    operation: str, features: torch.Tensor, function: str | None = None, **options: Any
+) -> Callable[..., Any]:
     """Return the function of the backend that runs `operation` for these features, and record the choice.
 
     `function` names a further function of the same room; by default it is the one named after the operation.
     """
     forced = forced_backend()
     for backend in (forced,) if forced else BACKENDS:
-        reason = refusal(operation, backend, features)
+        reason = refusal(operation, backend, features, **options)
         if reason is None:
             calls = _recording.get()
             if calls is not None:
@@ -104,11 +107,13 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def refusal(operation: str, backend: str, features: torch.Tensor) -> str | None:
-    """Why `backend` cannot run `operation` on these features, or None when it can."""
+def refusal(operation: str, backend: str, features: torch.Tensor, **options: Any) -> str | None:
+    """Why `backend` cannot run `operation` on these features with these options, or None when it can."""
     if not _exists(operation, backend):
         return f"{operation} has no {backend} implementation"
-    return unavailable(backend) or _module(operation, backend).refuses(features)
+    reason = unavailable(backend) or _module(operation, backend).refuses(features)
+    lacks = None if reason else getattr(_module(operation, backend), "lacks", None)
+    return lacks(**options) if lacks else reason
 
 
 @functools.cache

@@ -98,7 +98,7 @@ def class_scatter(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if features.device.type == "cpu":
         check_label_range(labels, shift.shape[0], ignore_index)
-    run = dispatch.select("class_scatter", features)
+    run = dispatch.select("class_scatter", features, scatter=scatter)
     result: ClassScatter = run(
         features.detach(),
         labels,
@@ -132,7 +132,7 @@ def accumulate(
         ValueError: on the CPU, as `class_scatter` does for labels and features.
 
     """
-    backend = dispatch.select("class_scatter", features)
+    backend = dispatch.select("class_scatter", features, scatter=state.scatter is not None)
     in_place = getattr(sys.modules[backend.__module__], "accumulate", None)
     # The first batch chooses most shifts: it goes where a bad choice can be mended.
     if in_place is not None and state.counts.any():

@@ -1,0 +1,469 @@
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "cuda/block.cuh"
+#include "cuda/class_moments.h"
+
+namespace ncfast {
+namespace {
+
+constexpr int kDigits = 256;
+constexpr int kTile = 2048;     // keys that a block sorts
+constexpr int kBatch = 4;       // rows in flight per team
+constexpr int kSquares = 2048;  // float64 of shared memory per block
+constexpr int kLongestRun = 256;
+constexpr int64_t kEnoughBlocks = 2048;  // so that a run may be longer: several per multiprocessor of any GPU
+constexpr int64_t kJoinTiles = 16;
+constexpr unsigned kNone = 0xffffffffu;
+
+struct Encode {
+  int64_t N, C;
+  const void* labels;
+  int label_size;
+  int64_t label_bytes, ignore_index;
+  unsigned* keys;
+  void* radii;
+  bool wide;
+};
+
+__global__ void __launch_bounds__(kThreads) moments_encode(const Encode e) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= e.N) return;
+  const int64_t label = read_label(e.labels, e.label_size, e.label_bytes, i);
+  const bool kept = label != e.ignore_index && label >= 0 && label < e.C;
+  e.keys[i] = static_cast<unsigned>(kept ? label : e.C);
+  if (kept || e.radii == nullptr) return;
+  if (e.wide) {
+    static_cast<double*>(e.radii)[i] = nan("");
+  } else {
+    static_cast<float*>(e.radii)[i] = nanf("");
+  }
+}
+
+struct Sort {
+  int64_t N, tiles;
+  int bit;  // of the digit's lowest
+  const unsigned* keys;
+  const unsigned* rows;  // null: 0, 1, 2, …
+  unsigned* sorted_keys;
+  unsigned* sorted_rows;
+  unsigned* before;  // [digits, tiles] keys with the digit in a tile, then in the tiles before it
+  unsigned* totals;  // [digits]
+};
+
+// A warp's share of the tile, 32 keys at a time and in order: visit(i, digit, peers) on every lane that has
+// a key, peers being the lanes with the same digit.
+template <class Visit>
+__device__ void for_each_key(const Sort& s, Visit visit) {
+  constexpr int kShare = kTile / kWarps;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x / 32 * kShare;
+  for (int k = 0; k < kShare; k += 32) {
+    const int64_t i = first + k + threadIdx.x % 32;
+    const unsigned digit = i < s.N ? s.keys[i] >> s.bit & (kDigits - 1) : kDigits;
+    const unsigned peers = __match_any_sync(kFull, digit);
+    visit(i, digit, peers);
+    __syncwarp();
+  }
+}
+
+// seen[warp][digit]: how often in the warp's share.
+__device__ void count_digits(const Sort& s, unsigned (*seen)[kDigits]) {
+  unsigned* mine = seen[threadIdx.x / 32];
+  for (int d = threadIdx.x % 32; d < kDigits; d += 32) mine[d] = 0;
+  __syncwarp();
+  for_each_key(s, [&](int64_t, unsigned digit, unsigned peers) {
+    if (digit < kDigits && threadIdx.x % 32 == __ffs(peers) - 1) mine[digit] += __popc(peers);
+  });
+  __syncthreads();
+}
+
+__global__ void __launch_bounds__(kThreads) digit_count(const Sort s) {
+  __shared__ unsigned seen[kWarps][kDigits];
+  count_digits(s, seen);
+  unsigned n = 0;
+  for (int w = 0; w < kWarps; w++) n += seen[w][threadIdx.x];
+  s.before[threadIdx.x * s.tiles + blockIdx.x] = n;
+}
+
+// One block per digit.
+__global__ void __launch_bounds__(kThreads) digit_scan(const Sort s) {
+  const unsigned total = scan_array(s.before + blockIdx.x * s.tiles, s.tiles);
+  if (threadIdx.x == 0) s.totals[blockIdx.x] = total;
+}
+
+__global__ void __launch_bounds__(kThreads) digit_scatter(const Sort s) {
+  __shared__ unsigned seen[kWarps][kDigits];
+  count_digits(s, seen);
+  unsigned total;
+  unsigned place = scan_block(s.totals[threadIdx.x], &total) + s.before[threadIdx.x * s.tiles + blockIdx.x];
+  for (int w = 0; w < kWarps; w++) {
+    const unsigned n = seen[w][threadIdx.x];
+    seen[w][threadIdx.x] = place;
+    place += n;
+  }
+  __syncthreads();
+  unsigned* mine = seen[threadIdx.x / 32];
+  for_each_key(s, [&](int64_t i, unsigned digit, unsigned peers) {
+    const unsigned lane = threadIdx.x % 32;
+    const unsigned to = digit < kDigits ? mine[digit] + __popc(peers & ((1u << lane) - 1)) : 0;
+    __syncwarp();
+    if (digit == kDigits) return;
+    if (lane == __ffs(peers) - 1) mine[digit] += __popc(peers);
+    s.sorted_keys[to] = s.keys[i];
+    s.sorted_rows[to] = s.rows ? s.rows[i] : static_cast<unsigned>(i);
+  });
+}
+
+struct Moments {
+  int64_t N, p, C;
+  const char* features;
+  int64_t row_bytes;
+  const void* shift;
+  int64_t* counts;
+  double* sums;
+  double* sumsq;
+  void* radii;
+
+  const unsigned* keys;  // [N] sorted
+  const unsigned* rows;  // [N] in that order
+  unsigned* starts;      // [C + 1] the first place of each class, and of the rows left out
+  double* partials;      // [runs, 2, p + 1] of a class that came from the run before; of one that starts here
+  int64_t runs;
+  int run;   // rows
+  int team;  // threads, a power of two
+};
+
+__device__ unsigned first_place(const Moments& m, unsigned key) {
+  unsigned low = 0, high = static_cast<unsigned>(m.N);
+  while (low < high) {
+    const unsigned middle = (low + high) / 2;
+    if (m.keys[middle] < key) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// One warp per class, and one for the rows left out.
+__global__ void __launch_bounds__(kThreads) moments_bounds(const Moments m) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (c > m.C) return;
+  const unsigned start = first_place(m, static_cast<unsigned>(c));
+  if (threadIdx.x % 32 == 0) m.starts[c] = start;
+  if (c == m.C) return;
+  const unsigned n = first_place(m, static_cast<unsigned>(c + 1)) - start;
+  if (threadIdx.x % 32 == 0) m.counts[c] = n;
+  if (n != 0) return;
+  for (int64_t j = threadIdx.x % 32; j < m.p; j += 32) m.sums[c * m.p + j] = 0;
+  if (threadIdx.x % 32 == 0) m.sumsq[c] = 0;
+}
+
+template <Dtype>
+struct Element;
+
+template <>
+struct Element<Dtype::float32> {
+  using Stored = float;
+  using Real = float;
+  __device__ static float real(float x) { return x; }
+};
+
+template <>
+struct Element<Dtype::float64> {
+  using Stored = double;
+  using Real = double;
+  __device__ static double real(double x) { return x; }
+};
+
+template <>
+struct Element<Dtype::bfloat16> {
+  using Stored = uint16_t;
+  using Real = float;
+  __device__ static float real(uint16_t x) { return __uint_as_float(static_cast<unsigned>(x) << 16); }
+};
+
+template <>
+struct Element<Dtype::float16> {
+  using Stored = uint16_t;
+  using Real = float;
+  __device__ static float real(uint16_t x) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
+    return wide;
+  }
+};
+
+template <class Stored, int kVector>
+struct Piece {
+  Stored x[kVector];
+};
+
+// The first `width` of kVector elements; zeros for the others.
+template <class Stored, int kVector>
+__device__ Piece<Stored, kVector> read_piece(const Stored* at, int width) {
+  Piece<Stored, kVector> piece;
+  if constexpr (sizeof(piece) == sizeof(uint4)) {
+    if (width == kVector) {
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
+      memcpy(&piece, &bits, sizeof(piece));
+      return piece;
+    }
+  }
+  for (int v = 0; v < kVector; v++) piece.x[v] = v < width ? __ldg(at + v) : Stored(0);
+  return piece;
+}
+
+// Where a run's part of class c goes that ends before `end`: its place in the result when it is all of the
+// class.
+struct Target {
+  double* sums;
+  double* sumsq;
+};
+
+__device__ Target target(const Moments& m, int64_t run, int64_t begin, int64_t end, int64_t used, bool first,
+                         int64_t upto, unsigned c) {
+  const bool continued = first && begin > 0 && m.keys[begin - 1] == c;
+  const bool continues = upto == end && end < used && m.keys[end] == c;
+  if (!continued && !continues) return {m.sums + c * m.p, m.sumsq + c};
+  double* partial = m.partials + (2 * run + (continued ? 0 : 1)) * (m.p + 1);
+  return {partial, partial + m.p};
+}
+
+template <int kDtype, int kVector>
+__global__ void __launch_bounds__(kThreads) moments_rows(const Moments m) {
+  using E = Element<static_cast<Dtype>(kDtype)>;
+  using Stored = typename E::Stored;
+  using Real = typename E::Real;
+  // [threads / part, run] what a warp's part of a team, or a team within a warp, adds to the rows' squares.
+  __shared__ double squares[kSquares];
+
+  const int64_t used = m.starts[m.C];
+  const int teams = kThreads / m.team;
+  const int64_t first_run = static_cast<int64_t>(blockIdx.x) * teams;
+  if (first_run * m.run >= used) return;
+  const int part = min(m.team, 32), parts = m.team / part;
+  const int64_t run = first_run + threadIdx.x / m.team;
+  const int64_t begin = run * m.run, end = min(begin + m.run, used);  // beyond what is used: begin > end
+  double* mine = squares + threadIdx.x / part * m.run;
+  const Real* shift = static_cast<const Real*>(m.shift);
+
+  for (int64_t pass = 0; pass < m.p; pass += m.team * kVector) {
+    const int64_t column = pass + threadIdx.x % m.team * kVector;
+    const int width = static_cast<int>(max(int64_t{0}, min(m.p - column, int64_t{kVector})));
+    const char* features = m.features + column * static_cast<int64_t>(sizeof(Stored));
+    double sums[kVector];
+    Real k[kVector];
+    unsigned current = kNone;
+    bool first = true;
+
+    const auto flush = [&](int64_t upto) {
+      double* to = target(m, run, begin, end, used, first, upto, current).sums + column;
+      for (int v = 0; v < kVector; v++) {
+        if (v < width) to[v] = sums[v];
+      }
+      first = false;
+    };
+
+    for (int r = 0; r < m.run; r += kBatch) {
+      unsigned key[kBatch];
+      Piece<Stored, kVector> piece[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        if (begin + r + b >= end) continue;
+        key[b] = m.keys[begin + r + b];
+        const char* row = features + static_cast<int64_t>(m.rows[begin + r + b]) * m.row_bytes;
+        piece[b] = read_piece<Stored, kVector>(reinterpret_cast<const Stored*>(row), width);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        const int64_t place = begin + r + b;
+        double square = 0;
+        if (place < end) {
+          if (key[b] != current) {
+            if (current != kNone) flush(place);
+            current = key[b];
+#pragma unroll
+            for (int v = 0; v < kVector; v++) {
+              k[v] = v < width ? shift[current * m.p + column + v] : Real(0);
+              sums[v] = 0;
+            }
+          }
+#pragma unroll
+          for (int v = 0; v < kVector; v++) {
+            const double residual = E::real(piece[b].x[v]) - k[v];
+            sums[v] += residual;
+            square += residual * residual;
+          }
+        }
+        for (int step = part / 2; step > 0; step /= 2) square += __shfl_xor_sync(kFull, square, step);
+        if (threadIdx.x % part == 0) mine[r + b] = pass == 0 ? square : mine[r + b] + square;
+      }
+    }
+    if (current != kNone) flush(end);
+  }
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < teams * m.run; i += kThreads) {
+    const int64_t place = first_run * m.run + i;
+    if (place >= used) break;
+    double* of_row = squares + i / m.run * parts * m.run + i % m.run;
+    double square = 0;
+    for (int w = 0; w < parts; w++) square += of_row[w * m.run];
+    *of_row = square;
+    if (m.radii) static_cast<Real*>(m.radii)[m.rows[place]] = static_cast<Real>(sqrt(square));
+  }
+  __syncthreads();
+
+  if (threadIdx.x % m.team != 0 || begin >= end) return;
+  unsigned current = m.keys[begin];
+  bool first = true;
+  double sum = 0;
+  for (int64_t place = begin; place < end; place++) {
+    if (m.keys[place] != current) {
+      *target(m, run, begin, end, used, first, place, current).sumsq = sum;
+      current = m.keys[place];
+      first = false;
+      sum = 0;
+    }
+    sum += mine[place - begin];
+  }
+  *target(m, run, begin, end, used, first, end, current).sumsq = sum;
+}
+
+// One block per run and tile of columns: the class that starts in the run and continues beyond it, if any.
+__global__ void __launch_bounds__(kThreads) moments_join(const Moments m) {
+  __shared__ double of_warp[kWarps][32];
+  const int64_t run = blockIdx.x % m.runs, tile = blockIdx.x / m.runs, tiles = gridDim.x / m.runs;
+  const int64_t used = m.starts[m.C], begin = run * m.run, end = begin + m.run;
+  if (end >= used) return;
+  const unsigned c = m.keys[end];
+  if (m.starts[c] < begin || m.starts[c] >= end) return;
+  const int64_t n = (m.starts[c + 1] - 1) / m.run - run + 1;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int64_t first = tile * 32; first <= m.p; first += tiles * 32) {
+    const int64_t column = first + lane;
+    double sum = 0;
+    if (column <= m.p) {
+      for (int64_t i = n * warp / kWarps; i < n * (warp + 1) / kWarps; i++) {
+        sum += m.partials[(2 * (run + i) + (i == 0 ? 1 : 0)) * (m.p + 1) + column];
+      }
+    }
+    of_warp[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && column <= m.p) {
+      for (int w = 1; w < kWarps; w++) sum += of_warp[w][lane];
+      *(column < m.p ? m.sums + c * m.p + column : m.sumsq + c) = sum;
+    }
+    __syncthreads();
+  }
+}
+
+template <int kDtype, int kVector>
+void add_rows(std::vector<Launch>* plan, bool aligned, int64_t grid, const Moments& m) {
+  const std::string name = "moments_rowsILi" + std::to_string(kDtype) + "ELi";
+  if (aligned) {
+    add(plan, name + std::to_string(kVector) + "E", &moments_rows<kDtype, kVector>, grid, kThreads, m);
+  } else {
+    add(plan, name + "1E", &moments_rows<kDtype, 1>, grid, kThreads, m);
+  }
+}
+
+int element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// Threads per row: the power of two that leaves the fewest idle, at least a warp's worth of what there is.
+int team_of(int64_t pieces) {
+  int best = 1;
+  while (best < pieces && best < 32) best *= 2;
+  for (int team = 64; team <= kThreads; team *= 2) {
+    if (cover(pieces, team) * team <= cover(pieces, best) * best) best = team;
+  }
+  return best;
+}
+
+int run_of(int64_t N, int team) {
+  const int parts = kThreads / std::min(team, 32), teams = kThreads / team;
+  const int longest = std::min(kLongestRun, kSquares / parts);
+  int run = 2 * kBatch;
+  while (2 * run <= longest && N / (2 * run * teams) >= kEnoughBlocks) run *= 2;
+  return run;
+}
+
+bool aligned(const ClassMoments& call) {
+  return reinterpret_cast<uintptr_t>(call.features) % 16 == 0 && call.row_bytes % 16 == 0;
+}
+
+struct Workspace {
+  unsigned *keys[2], *rows[2], *before, *totals, *starts;
+  double* partials;
+  int64_t tiles, runs, bytes;
+  int team, run;
+
+  Workspace(const ClassMoments& call, void* memory) {
+    team = team_of(cover(call.p, aligned(call) ? 16 / element_bytes(call.dtype) : 1));
+    run = run_of(call.N, team);
+    tiles = cover(call.N, kTile);
+    runs = cover(call.N, run);
+    Carver carver(memory);
+    for (int side = 0; side < 2; side++) {
+      keys[side] = carver.take<unsigned>(call.N);
+      rows[side] = carver.take<unsigned>(call.N);
+    }
+    before = carver.take<unsigned>(kDigits * tiles);
+    totals = carver.take<unsigned>(kDigits);
+    starts = carver.take<unsigned>(call.C + 1);
+    partials = carver.take<double>(runs * 2 * (call.p + 1));
+    bytes = carver.used();
+  }
+};
+
+}  // namespace
+
+int64_t class_moments_workspace(const ClassMoments& call) { return Workspace(call, nullptr).bytes; }
+
+std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace) {
+  const Workspace w(call, workspace);
+  std::vector<Launch> plan;
+  const Encode encode = {call.N,          call.C,           call.labels,
+                         call.label_size, call.label_bytes, call.ignore_index,
+                         w.keys[0],       call.radii,       call.dtype == Dtype::float64};
+  add(&plan, "moments_encode", &moments_encode, cover(call.N, kThreads), kThreads, encode);
+  int side = 0;
+  for (int bit = 0; bit == 0 || call.C >> bit != 0; bit += 8) {
+    const Sort sort = {
+        call.N,        w.tiles,       bit,      w.keys[side], bit == 0 ? nullptr : w.rows[side],
+        w.keys[!side], w.rows[!side], w.before, w.totals};
+    add(&plan, "digit_count", &digit_count, w.tiles, kThreads, sort);
+    add(&plan, "digit_scan", &digit_scan, w.tiles == 0 ? 0 : kDigits, kThreads, sort);
+    add(&plan, "digit_scatter", &digit_scatter, w.tiles, kThreads, sort);
+    side = !side;
+  }
+  const Moments m = {call.N,         call.p,     call.C,       static_cast<const char*>(call.features),
+                     call.row_bytes, call.shift, call.counts,  call.sums,
+                     call.sumsq,     call.radii, w.keys[side], w.rows[side],
+                     w.starts,       w.partials, w.runs,       w.run,
+                     w.team};
+  add(&plan, "moments_bounds", &moments_bounds, cover(call.C + 1, kWarps), kThreads, m);
+  const int64_t grid = cover(w.runs, kThreads / w.team);
+  switch (call.dtype) {
+    case Dtype::float32:
+      add_rows<0, 4>(&plan, aligned(call), grid, m);
+      break;
+    case Dtype::float64:
+      add_rows<1, 2>(&plan, aligned(call), grid, m);
+      break;
+    case Dtype::bfloat16:
+      add_rows<2, 8>(&plan, aligned(call), grid, m);
+      break;
+    case Dtype::float16:
+      add_rows<3, 8>(&plan, aligned(call), grid, m);
+      break;
+  }
+  add(&plan, "moments_join", &moments_join, w.runs * std::min(kJoinTiles, cover(call.p + 1, 32)), kThreads,
+      m);
+  return plan;
+}
+
+}  // namespace ncfast

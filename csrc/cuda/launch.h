@@ -1,0 +1,51 @@
+// A plan is a list of kernels to launch, made on the host from shapes and addresses alone: tests execute it
+// without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace ncfast {
+
+struct Launch {
+  std::string kernel;    // a part of the kernel's name in PTX that no other kernel's has
+  const void* function;  // the kernel's handle for the CUDA runtime
+  int64_t grid;
+  int block;
+  std::vector<char> parameters;  // its one argument, a struct
+};
+
+template <class Parameters>
+void add(std::vector<Launch>* plan, const std::string& kernel, void (*function)(Parameters), int64_t grid,
+         int block, const Parameters& parameters) {
+  static_assert(std::is_trivially_copyable_v<Parameters>);
+  if (grid == 0) return;
+  const char* bytes = reinterpret_cast<const char*>(&parameters);
+  plan->push_back({kernel, reinterpret_cast<const void*>(function), grid, block,
+                   std::vector<char>(bytes, bytes + sizeof(Parameters))});
+}
+
+// Enqueues on `stream` of `device` and returns; throws std::runtime_error when CUDA refuses a launch.
+void run(const std::vector<Launch>& plan, int device, void* stream);
+
+// Hands out the parts of a workspace, 256 bytes aligned; with a null workspace it only counts.
+class Carver {
+ public:
+  explicit Carver(void* workspace) : start_(static_cast<char*>(workspace)) {}
+
+  template <class T>
+  T* take(int64_t n) {
+    T* part = start_ ? reinterpret_cast<T*>(start_ + used_) : nullptr;
+    used_ += (n * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* start_;
+  int64_t used_ = 0;
+};
+
+}  // namespace ncfast

@@ -1,0 +1,254 @@
+"""The CUDA kernels without a GPU: the plan that would be launched, its PTX executed by an emulator.
+
+NCFAST_PTX_EMULATOR is the folder of the package `ptxemu`. The emulator checks the bounds and the alignment of
+every access, and shared memory for races.
+"""
+
+import os
+import pathlib
+import shutil
+import sys
+
+import pytest
+import torch
+
+import ncfast
+from ncfast.ops.class_scatter import class_scatter, shift_dtype
+
+_cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
+from ncfast.ops.class_scatter import cuda  # noqa: E402
+
+EMULATOR = os.environ.get("NCFAST_PTX_EMULATOR", "")
+if not pathlib.Path(EMULATOR, "ptxemu").is_dir() or not EMULATOR:
+    pytest.skip("NCFAST_PTX_EMULATOR names no PTX emulator", allow_module_level=True)
+if shutil.which("nvcc") is None:
+    pytest.skip("there is no nvcc", allow_module_level=True)
+sys.path.append(EMULATOR)
+import ptxemu  # noqa: E402
+
+CSRC = pathlib.Path(__file__).parents[1] / "csrc"
+
+SHAPES = [  # N, p, C
+    (0, 3, 2),  # no rows: zeros are written all the same
+    (1, 1, 1),  # the smallest
+    (2, 1, 3),  # more classes than rows
+    (33, 17, 5),  # scalars: no row but the first is aligned
+    (9, 4, 1),  # one vector per row, one row above a run
+    (300, 96, 3),  # 24 or 12 vectors: teams of part of a warp, classes of many runs
+    (257, 95, 300),  # C > p, most classes absent; two passes of the sort
+    (70, 1040, 2),  # teams of several warps, several passes over the columns
+    (4200, 8, 70_000),  # three tiles and three passes of the sort
+]
+
+
+@pytest.fixture(scope="module")
+def ptx():
+    return {
+        name: ptxemu.nvcc_ptx(str(CSRC / f"cuda/{name}.cu"), "sm_80", ["-std=c++17", f"-I{CSRC}"])
+        for name in ("class_moments", "certify")
+    }
+
+
+def emulate(ptx, call, memory, race=True):
+    """Execute the plan of a call on its CPU addresses; the workspace starts as garbage."""
+    # One allocation's addresses are aligned to 64; the plan may ask for 256 and gets it.
+    room = torch.full((_cuda.workspace(call) + 256,), 0xA5, dtype=torch.uint8)
+    workspace = room[-room.data_ptr() % 256 :]
+    ran = []
+    for launch in _cuda.plan(call, workspace.data_ptr()):
+        ran.append(launch.kernel)
+        ptxemu.launch(
+            ptx,
+            launch.grid,
+            launch.block,
+            [launch.parameters],
+            kernel=launch.kernel,
+            memory=[room, *memory],
+            race=race,
+        )
+    return ran
+
+
+def moments(ptx, features, labels, shift, radii=True, ignore_index=-100, race=True):
+    result, call, read = cuda.describe(
+        features, labels, shift.to(shift_dtype(features.dtype)), radii, ignore_index
+    )
+    outputs = [tensor for tensor in result if tensor is not None]
+    for tensor in outputs:
+        tensor.fill_(-1 if tensor.dtype == torch.int64 else torch.nan)
+    ran = emulate(ptx["class_moments"], call, [*read, *outputs], race)
+    return result, ran
+
+
+def sample(N, p, C, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    means = 3 + torch.randn(C, p, generator=generator)
+    labels = torch.randint(0, C, (N,), generator=generator)
+    labels[: N // 2] = min(1, C - 1)  # half of the rows in one class
+    labels = labels[torch.randperm(N, generator=generator)]
+    features = (means[labels] + torch.randn(N, p, generator=generator)).to(dtype)
+    labels[torch.rand(N, generator=generator) < 0.15] = -100
+    return features, labels, means + 0.5 * torch.randn(C, p, generator=generator)
+
+
+def assert_close(result, features, labels, shift, ignore_index=-100):
+    """Differences carry one rounding, u |h - k|; float64 adds N + p roundings of what was summed."""
+    shift = shift.to(shift_dtype(features.dtype))
+    with ncfast.use_backend("reference"):
+        truth = class_scatter(features, labels, shift, scatter=False, radii=True, ignore_index=ignore_index)
+    assert torch.equal(result.counts, truth.counts)
+    N, p = features.shape
+    unit = 2.0**-53 if features.dtype == torch.float64 else 2.0**-24
+    relative = 2 * unit + (N + p + 8) * 2.0**-52
+    kept = labels != ignore_index
+    y = labels[kept].long()
+    magnitude = (features[kept].double() - shift.double()[y]).abs()
+    summed = torch.zeros_like(truth.sums).index_add_(0, y, magnitude)
+    assert ((result.sums - truth.sums).abs() <= relative * summed).all()
+    assert ((result.sumsq - truth.sumsq).abs() <= 2 * relative * truth.sumsq).all()
+    if result.radii is not None:
+        assert torch.equal(result.radii.isnan(), ~kept)
+        bound = (relative + unit) * truth.radii[kept]
+        assert ((result.radii[kept].double() - truth.radii[kept]).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_class_moments(ptx, shape, dtype):
+    features, labels, shift = sample(*shape, dtype)
+    result, ran = moments(ptx, features, labels, shift, race=shape[0] < 1000)
+    assert_close(result, features, labels, shift)
+    vector = 16 // dtype.itemsize if shape[1] * dtype.itemsize % 16 == 0 else 1
+    assert shape[0] == 0 or any(name.endswith(f"ELi{vector}E") for name in ran)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_views(ptx, dtype):
+    """Rows padded to 16 bytes with an odd p, rows off by an element, and aligned rows within others."""
+    for start, stop, vector in ((0, 45, True), (1, 46, False), (8, 11, True)):
+        wide, labels, shift = sample(40, 64, 3, dtype)
+        features = wide[::2, start:stop]
+        result, ran = moments(ptx, features, labels[::2], shift[:, start:stop])
+        assert_close(result, features, labels[::2], shift[:, start:stop])
+        assert any(name.endswith(f"ELi{16 // dtype.itemsize if vector else 1}E") for name in ran)
+
+
+def test_labels(ptx):
+    """int32, strided, another ignore_index; labels out of range are left out as well."""
+    features, labels, shift = sample(60, 8, 4)
+    narrow = torch.stack([labels.clamp(min=0), labels], 1).int()[:, 0]
+    result, _ = moments(ptx, features, narrow, shift, ignore_index=2)
+    assert_close(result, features, narrow, shift, ignore_index=2)
+    labels[::3], labels[1::3] = 4, -1
+    result, _ = moments(ptx, features, labels, shift, ignore_index=-5)
+    out = torch.where((labels < 0) | (labels >= 4), -100, labels)
+    assert_close(result, features, out, shift)
+
+
+def test_long_runs(ptx):
+    """Enough rows for runs of 32; few are used, so that few are emulated. Row i is the numbers from i on."""
+    N, p, C = 66_000, 256, 3
+    features = torch.randn(N + p - 1).unfold(0, p, 1)
+    labels = torch.full((N,), -100)
+    kept = torch.arange(7, N, 443)
+    labels[kept] = torch.randint(0, C, kept.shape)
+    shift = torch.randn(C, p)
+    result, call, read = cuda.describe(features, labels, shift, True, -100)
+    (join,) = [launch for launch in _cuda.plan(call, 0) if launch.kernel == "moments_join"]
+    assert join.grid == -(-N // 32) * -(-(p + 1) // 32)
+    emulate(ptx["class_moments"], call, [*read, *(t for t in result if t is not None)], race=False)
+    assert int(result.radii.isnan().sum()) == N - len(kept)
+    assert_close(result._replace(radii=result.radii[kept]), features[kept], labels[kept], shift)
+
+
+def test_ignored_rows_are_never_read(ptx):
+    features, labels, shift = sample(60, 8, 4)
+    features[labels == -100] = torch.nan
+    result, _ = moments(ptx, features, labels, shift, radii=False)
+    assert result.sums.isfinite().all()
+    assert result.radii is None
+    assert_close(result, features.nan_to_num(), labels, shift)
+
+
+def test_is_deterministic_and_translates(ptx):
+    features, labels, shift = sample(100, 20, 3)
+    first, again = (moments(ptx, features, labels, shift)[0] for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert a is b or torch.equal(a.nan_to_num(), b.nan_to_num())
+    # Integers about 2²⁰ are exact: translation changes no bit.
+    exact, near = features.round(), shift.round()
+    here, _ = moments(ptx, exact, labels, near)
+    there, _ = moments(ptx, exact + 2**20, labels, near + 2**20)
+    assert torch.equal(here.sums, there.sums)
+    assert torch.equal(here.sumsq, there.sumsq)
+
+
+@pytest.mark.parametrize("withheld", [0, 1, 2])
+def test_every_bound_is_checked(ptx, withheld):
+    """The emulator is no rubber stamp: it refuses features, labels or a shift that end one row early."""
+    inputs = [tensor.contiguous() for tensor in sample(16, 8, 2)]
+    inputs[1].clamp_(min=0)
+    result, call, read = cuda.describe(*inputs, True, -100)
+    allowed = [tensor.numpy() for tensor in (*read, *(t for t in result if t is not None))]
+    allowed[withheld] = allowed[withheld][:-1]
+    with pytest.raises(ptxemu.PTXError, match="out-of-bounds"):
+        emulate(ptx["class_moments"], call, allowed)
+
+
+@pytest.mark.parametrize("N", [0, 1, 31, 257, 1024, 2100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rules", [1, 2])
+def test_certify(ptx, N, dtype, rules):
+    """Exactly the decisions of the same arithmetic in torch, in order."""
+    C, generator = 5, torch.Generator().manual_seed(N)
+    radii = torch.rand(N, generator=generator).to(dtype)
+    radii[torch.rand(N, generator=generator) < 0.2] = torch.nan
+    labels = torch.randint(-1, C + 1, (N,), generator=generator)
+    gap = 0.1 * torch.rand(C, dtype=torch.float64, generator=generator)
+    limits = torch.rand(rules, C, dtype=torch.float64, generator=generator) + 0.2
+    limits[0, 1], limits[0, 2] = torch.inf, -torch.inf
+    undecided, counts = torch.full((N,), -1), torch.full((4,), -1)
+    call = _cuda.certify(
+        N=N,
+        C=C,
+        radii=radii.data_ptr(),
+        radius_size=radii.element_size(),
+        labels=labels.data_ptr(),
+        label_size=8,
+        label_bytes=8,
+        gap=gap.data_ptr(),
+        first=limits[0].data_ptr(),
+        second=limits[1].data_ptr() if rules == 2 else 0,
+        scale=1 + 2.0**-20,
+        offset=2.0**-62,
+        undecided=undecided.data_ptr(),
+        counts=counts.data_ptr(),
+    )
+    emulate(ptx["certify"], call, [radii, labels, gap, limits, undecided, counts])
+    used = ~radii.isnan() & (labels >= 0) & (labels < C)
+    y = labels.clamp(0, C - 1)
+    reach = radii.double() * (1 + 2.0**-20) + 2.0**-62 + gap[y]
+    decided = used & (reach < limits[:, y])  # [rules, N]
+    rest = (used & ~decided.all(0)).nonzero().squeeze(1)
+    by_second = int(decided[1].sum()) if rules == 2 else 0
+    assert counts.tolist() == [int(used.sum()), int(decided[0].sum()), by_second, len(rest)]
+    assert torch.equal(undecided[: len(rest)], rest)
+    assert (undecided[len(rest) :] == -1).all()
+
+
+def test_the_bound_rejects_a_wrong_answer(ptx):
+    features, labels, shift = sample(50, 8, 3)
+    result, _ = moments(ptx, features, labels, shift)
+    result.sums[1, 3] += 1e-3
+    with pytest.raises(AssertionError):
+        assert_close(result, features, labels, shift)
+    result.sums[1, 3] = torch.nan
+    with pytest.raises(AssertionError):
+        assert_close(result, features, labels, shift)
+
+
+def test_only_without_the_scatter_and_only_on_cuda():
+    """The CPU's features are refused; the scatter is left to other backends rather than left out."""
+    assert "cpu" in cuda.refuses(torch.zeros(1, 1))
+    assert cuda.lacks() == cuda.lacks(scatter=True) == "it has no scatter"
+    assert cuda.lacks(scatter=False) is None
