@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+GPU_BACKENDS = ("cuda", "triton")
 
 _forced: ContextVar[str | None] = ContextVar("ncfast_forced_backend", default=None)
 _recording: ContextVar[list[tuple[str, str]] | None] = ContextVar("ncfast_recording", default=None)
@@ -108,6 +109,8 @@ def refusal(operation: str, backend: str, features: torch.Tensor) -> str | None:
     """Why `backend` cannot run `operation` on these features, or None when it can."""
     if not _exists(operation, backend):
         return f"{operation} has no {backend} implementation"
+    if backend in GPU_BACKENDS and features.device.type == "cpu" and forced_backend() != backend:
+        return "takes CPU tensors only when forced, for tests"
     return unavailable(backend) or _module(operation, backend).refuses(features)
 
 
