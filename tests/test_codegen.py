@@ -28,7 +28,7 @@ def test_stated_bounds_are_within_the_limit(architecture):
             tile = class_scatter.choose_tile(architecture, precision, N, 512, C)
             assert tile.shared_bytes(architecture, precision, 4) <= SHARED_LIMIT[architecture]
     for C in (1, 16, 17, 128, 10_000):
-        assert affine_argmax.choose_tile(C).shared_bytes(architecture, 2, 4) <= SHARED_LIMIT[architecture]
+        assert affine_argmax.choose_tile(architecture, C).shared_bytes(architecture, 2, 4) <= SHARED_LIMIT[architecture]
 
 
 def test_the_gate_closes():

@@ -221,7 +221,7 @@ def test_error_bound_holds_and_is_not_absurd(device, planes):
 
     features, weight, bias = torch.randn(64, 90) + 5, torch.randn(16, 90), torch.randn(16)
     center = kernels._center(features.to(device))
-    tile = kernels.choose_tile(16)
+    tile = kernels.choose_tile(kernels.target.architecture(), 16)
     rules = [(weight.to(device), bias.to(device))]
     stacked = kernels._stacked(rules, center, tile)
     x = features.to(device) - center

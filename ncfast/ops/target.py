@@ -17,6 +17,8 @@ SHARED_LIMIT = {  # bytes of shared memory (LDS) that one program may use
     "gfx950": 163_840,
 }
 
+OPERANDS_IN_REGISTERS = ("sm_80", "sm_86", "sm_89", "sm_120")  # of the matrix units; elsewhere shared memory
+
 OPTIONS = {"enable_fp_fusion": True}  # of every launch: a·b + c is one rounding wherever the machine has it
 
 

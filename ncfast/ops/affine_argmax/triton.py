@@ -256,9 +256,13 @@ class Tile(NamedTuple):
         return operands + fetched + 8192  # reductions across warps
 
 
-def choose_tile(C: int) -> Tile:
-    """As many classes at a time as there are, up to 64: on every architecture it fits and does not spill."""
-    return Tile(64, min(64, max(16, triton.next_power_of_2(C))), 64, 4, 2)
+def choose_tile(architecture: str, C: int) -> Tile:
+    """As many classes at a time as there are, up to 64: `benchmarks.codegen` finds it free of spills.
+
+    sm_80, sm_86, sm_89 and sm_120 hold operands in registers (mma.sync): more warps share those.
+    """
+    BC = min(64, max(16, triton.next_power_of_2(C)))
+    return Tile(64, BC, 64, 8 if architecture in target.OPERANDS_IN_REGISTERS and BC > 16 else 4, 2)
 
 
 class _Stacked(NamedTuple):
@@ -302,7 +306,7 @@ def _decide(
         undecided.fill_(3)
         rungs = []
     else:
-        tile = choose_tile(C)
+        tile = choose_tile(target.architecture(), C)
         stacked = _stacked(rules, center, tile)
     for planes in rungs:
         _top_two[(triton.cdiv(N, tile.BM),)](

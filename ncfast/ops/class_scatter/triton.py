@@ -334,7 +334,7 @@ def choose_tile(architecture: str, precision: str, N: int, p: int, C: int) -> Ti
     memory.
     """
     little = p <= 64 or N <= 4096
-    if architecture in ("sm_80", "sm_86", "sm_89", "sm_120"):
+    if architecture in target.OPERANDS_IN_REGISTERS:
         if precision == "highest":
             return Tile(64, 16, 4, 2) if N >= 64 * C else Tile(128, 16, 8, 2)  # grouped or not
         if precision == "high":

@@ -174,7 +174,7 @@ def _radii(
 def _gram(
     left,  # [p, C] float64, transposed
     right,  # [p, C] float64, transposed
-    norm,  # [1] float64: ‖G‖, when IDEAL
+    scale,  # [1] float64: 1/‖G‖, when IDEAL; a division here would be a call that spills
     sums,  # [programs] float64
     p,
     C,
@@ -188,7 +188,7 @@ def _gram(
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     tiles = tl.cdiv(C, B).to(tl.int64)
     total = tl.zeros((), tl.float64)
-    scale = tl.load(norm) if IDEAL else total
+    factor = tl.load(scale) if IDEAL else total
     for tile in range(tiles * part // parts, tiles * (part + 1) // parts):
         j = tile * B + tl.arange(0, B)
         gram = tl.zeros((B, B), tl.float64)
@@ -198,7 +198,7 @@ def _gram(
             r = tl.load(right + row + j, j < C, 0.0)
             gram += l[:, None] * r[None, :]
         if IDEAL:
-            gram = gram / scale - tl.where(i[:, None] == j[None, :], tl.load(ideal), tl.load(ideal + 1))
+            gram = gram * factor - tl.where(i[:, None] == j[None, :], tl.load(ideal), tl.load(ideal + 1))
         total += _total(gram * gram, (i < C)[:, None] & (j < C)[None, :])
     tl.store(sums + tl.program_id(0) * parts + part, total)
 
@@ -263,7 +263,7 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
     with target.active(left):
         for second in (False, True):
             _gram[(blocks, parts)](
-                left, right, norm, sums[int(second)], p, C, parts, ideal, B=_B, IDEAL=second, **target.OPTIONS
+                left, right, 1 / norm, sums[int(second)], p, C, parts, ideal, B=_B, IDEAL=second, **target.OPTIONS
             )
             norm = sums[int(second)].sum().sqrt()
     return norm
