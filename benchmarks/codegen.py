@@ -26,7 +26,19 @@ TARGETS = {
     name: GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
     for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 }
-MATRIX = ("_scatter_pairs", "_top_two")  # must use the matrix units, and load 128 bits at a time
+MATRIX = ("_scatter_pairs", "_top_two")  # must use the matrix units in a loop, and load 128 bits at a time
+NO_MATRIX = {  # every other kernel, and why neither is asked of it; spills and local memory are forbidden to all
+    "_reduce_splits": "adds float64 splits in order",
+    "_place_rows": "moves indices",
+    "_class_sums": "adds rows of p elements, for small batches or out of group sums",
+    "_row_norms": "adds one number per row",
+    "_list_rows": "moves indices",
+    "_recheck": "float64, for the few rows that remain, with any strides",
+    "_settle": "moves indices",
+    "_pairs": "squared differences in float64, which a product would cancel",
+    "_radii": "squared differences in float64, which a product would cancel",
+    "_gram": "float64; Triton has no float64 matrix product on these targets",
+}
 PEAKS = {  # dense bfloat16 TFLOP/s with float32 sums, TB/s: the vendors' data sheets
     "A100 80GB": (312, 2.0),
     "H100 SXM": (989, 3.35),
@@ -90,12 +102,14 @@ class Row(NamedTuple):
     def faults(self) -> list[str]:
         """What the gate forbids."""
         found = []
+        if self.kernel not in MATRIX and self.kernel not in NO_MATRIX:
+            found.append("neither listed as MATRIX nor as NO_MATRIX")
         if self.spills or self.local:
             found.append(f"{self.spills} spills, {self.local} bytes of local memory")
         if self.shared > SHARED_LIMIT[self.target]:
             found.append(f"{self.shared} bytes of shared memory")
         if self.kernel in MATRIX and not self.matrix:
-            found.append("no matrix instruction")
+            found.append("no matrix instruction in a loop")
         if self.kernel in MATRIX and not self.wide_loads:
             found.append("no 128-bit load")
         return [f"{self.target} {self.kernel} ({self.case}): {fault}" for fault in found]
@@ -185,7 +199,11 @@ def _nvidia(asm: dict[str, Any]) -> tuple[int, int, int, int, int]:
         registers,
         len(re.findall(r"\bSTL\b", sass)),
         stack,
-        len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass)),
+        len(
+            re.findall(
+                r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", _loops(sass, r"^(\.L_x_\d+):", r"\bBRA\b.*\((\.L_x_\d+)\)")
+            )
+        ),
         len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128\b", sass)),
     )
 
@@ -201,9 +219,24 @@ def _amd(asm: dict[str, Any]) -> tuple[int, int, int, int, int]:
         field("vgpr_count"),
         field("vgpr_spill_count"),
         field("private_segment_fixed_size"),
-        len(re.findall(r"\bv_s?mfma_", text)),
+        len(
+            re.findall(r"\bv_s?mfma_", _loops(text, r"^(\.LBB\d+_\d+):", r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)"))
+        ),
         len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
     )
+
+
+def _loops(text: str, label: str, branch: str) -> str:
+    """The lines between a label and a later branch back to it."""
+    lines = text.splitlines()
+    places: dict[str, int] = {}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        if found := re.search(label, line):
+            places[found[1]] = i
+        elif (found := re.search(branch, line)) and found[1] in places:
+            inside.update(range(places[found[1]], i))
+    return "\n".join(lines[i] for i in sorted(inside))
 
 
 def _output(tool: Path, *arguments: str) -> str:
@@ -225,7 +258,7 @@ def main() -> None:
     """Write CODEGEN.md and fail if the gate finds anything."""
     rows = []
     for target in TARGETS:
-        rows += compiled(target)
+        rows += compiled(target, (torch.float32, torch.bfloat16))
         print(f"{target}: {len(rows)} kernels so far", file=sys.stderr, flush=True)
     N, p, C = 1_000_000, 512, 10
     lines = [
@@ -235,9 +268,9 @@ def main() -> None:
         "every tile that its chooser can pick, compiled ahead of time. Nothing here was timed.",
         "",
         "`spills` counts spill stores (AMD: spilled registers), `local` bytes of local memory, `shared`",
-        "bytes of shared memory or LDS, `matrix` matrix instructions (HMMA, HGMMA, UTCMMA, MFMA),",
+        "bytes of shared memory or LDS, `matrix` matrix instructions in loops (HMMA, HGMMA, UTCMMA, MFMA),",
         "`wide_loads` 128-bit global loads, `resident` how many programs fit a multiprocessor by registers",
-        "and shared memory. Features are float32.",
+        "and shared memory. float64 kernels, and those that only move or add, have no matrix instruction.",
         "",
         "## Estimate",
         "",

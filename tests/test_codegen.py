@@ -25,10 +25,14 @@ def test_every_tile_passes_the_gate(target):
 def test_stated_bounds_are_within_the_limit(architecture):
     for N, C in ((4096, 1), (4096, 4096), (4097, 1), (4097, 4096)):
         for precision in ("highest", "high", "medium"):
-            tile = class_scatter.choose_tile(architecture, precision, N, 512, C)
-            assert tile.shared_bytes(architecture, precision, 4) <= SHARED_LIMIT[architecture]
+            for size in (2, 4):
+                tile = class_scatter.choose_tile(architecture, precision, size, N, 512, C)
+                assert tile.shared_bytes(architecture, precision, size) <= SHARED_LIMIT[architecture]
     for C in (1, 16, 17, 128, 10_000):
-        assert affine_argmax.choose_tile(architecture, C).shared_bytes(architecture, 2, 4) <= SHARED_LIMIT[architecture]
+        assert (
+            affine_argmax.choose_tile(architecture, C).shared_bytes(architecture, 2, 4)
+            <= SHARED_LIMIT[architecture]
+        )
 
 
 def test_the_gate_closes():

@@ -164,7 +164,9 @@ def test_large_tile_and_flush(device, precision, monkeypatch):
     from ncfast.ops.class_scatter import triton as kernels
 
     choose = kernels.choose_tile
-    monkeypatch.setattr(kernels, "choose_tile", lambda a, word, _N, p, C: choose(a, word, 1 << 20, p, C))
+    monkeypatch.setattr(
+        kernels, "choose_tile", lambda a, word, size, _N, p, C: choose(a, word, size, 1 << 20, p, C)
+    )
     monkeypatch.setattr(kernels, "_FLUSH_ROWS", 64)
     check_scatter(device, *sample(600, 140, 2), precision)
 

@@ -257,12 +257,12 @@ class Tile(NamedTuple):
 
 
 def choose_tile(architecture: str, C: int) -> Tile:
-    """As many classes at a time as there are, up to 64: `benchmarks.codegen` finds it free of spills.
+    """As many classes at a time as there are, up to 64: `benchmarks.codegen` finds no spill.
 
-    sm_80, sm_86, sm_89 and sm_120 hold operands in registers (mma.sync): more warps share those.
+    sm_80, sm_86, sm_89 and sm_120 hold operands in registers (mma.sync), which have room for half as much.
     """
-    BC = min(64, max(16, triton.next_power_of_2(C)))
-    return Tile(64, BC, 64, 8 if architecture in target.OPERANDS_IN_REGISTERS and BC > 16 else 4, 2)
+    BK = 32 if architecture in target.OPERANDS_IN_REGISTERS else 64
+    return Tile(64, min(64, max(16, triton.next_power_of_2(C))), BK, 4, 2)
 
 
 class _Stacked(NamedTuple):
@@ -332,6 +332,7 @@ def _decide(
             LISTED=planes != rungs[0],
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **target.all_registers(),
             **target.OPTIONS,
         )
         places = (undecided != 0).cumsum(0)

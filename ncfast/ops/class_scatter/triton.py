@@ -327,7 +327,7 @@ class Tile(NamedTuple):
         return max(operands + fetched, flushed) + 8192  # reductions across warps
 
 
-def choose_tile(architecture: str, precision: str, N: int, p: int, C: int) -> Tile:
+def choose_tile(architecture: str, precision: str, element_size: int, N: int, p: int, C: int) -> Tile:
     """The largest tile that `benchmarks.codegen` finds free of spills; a small one for little work.
 
     sm_80, sm_86, sm_89 and sm_120 hold operands in registers (mma.sync), the others read them from shared
@@ -338,7 +338,8 @@ def choose_tile(architecture: str, precision: str, N: int, p: int, C: int) -> Ti
         if precision == "highest":
             return Tile(64, 16, 4, 2) if N >= 64 * C else Tile(128, 16, 8, 2)  # grouped or not
         if precision == "high":
-            return Tile(64, 32, 8, 2) if little else Tile(128, 16, 8, 2)
+            two_spill = architecture == "sm_120" or element_size == 2
+            return Tile(64, 32, 8, 2) if little else Tile(128, 16, 8, 1 if two_spill else 2)
     return Tile(64, 32, 4, 2) if little else Tile(128, 32, 8, 2)
 
 
@@ -355,7 +356,7 @@ def class_scatter(
     """Compute `ncfast.ops.class_scatter`; a label outside [0, C) is left out. Never synchronises."""
     (N, p), C = features.shape, shift.shape[0]
     shift, labels = shift.contiguous(), labels.contiguous()
-    tile = choose_tile(target.architecture(), precision, N, p, C)
+    tile = choose_tile(target.architecture(), precision, features.element_size(), N, p, C)
     # Padding every class to whole tiles then adds an eighth of the rows at most, on average.
     grouped = scatter and N >= 4 * tile.BN * C
     product = distances = None

@@ -57,15 +57,15 @@ def _pairs(
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     norm_i = tl.load(norms + i, i < C, 1.0)
     variance_i = tl.load(variances + i, i < C, 0.0) if CDNV else norm_i
-    tiles = tl.cdiv(C, B).to(tl.int64)
+    first, last = _share(tl.cdiv(C, B), part, parts)
     ideal = tl.load(ideal)
     closest = tl.full((B,), float("inf"), tl.float64)
     closest_index = tl.zeros((B,), tl.int64)
     zero = tl.zeros((), tl.float64)
     count, cosines, cosine_square, lowest, highest = zero, zero, zero, zero + 2.0, zero - 2.0
     deviations, kernels, kernel_square, cdnv = zero, zero, zero, zero
-    for tile in range(tiles * part // parts, tiles * (part + 1) // parts):
-        j = tile * B + tl.arange(0, B)
+    for tile in range(first, last):
+        j = tl.cast(tile, tl.int64) * B + tl.arange(0, B)
         squares = tl.zeros((B, B), tl.float64)
         for k in range(p):
             row = units + tl.cast(k, tl.int64) * C
@@ -95,7 +95,7 @@ def _pairs(
             variance_j = tl.load(variances + j, j < C, 0.0)
             cdnv += _total((variance_i[:, None] + variance_j[None, :]) / (2.0 * distance), pair)
         closer, place = tl.min(tl.where(pair, distance, float("inf")), 1, return_indices=True)
-        closest_index = tl.where(closer < closest, tile * B + place, closest_index)
+        closest_index = tl.where(closer < closest, tl.min(j, 0) + place, closest_index)
         closest = tl.minimum(closest, closer)
     out = statistics + (tl.program_id(0).to(tl.int64) * parts + part) * _STATISTICS
     tl.store(out, count)
@@ -109,6 +109,14 @@ def _pairs(
     tl.store(out + 8, cdnv)
     tl.store(nearest + tl.cast(part, tl.int64) * C + i, closest, i < C)
     tl.store(nearest_index + tl.cast(part, tl.int64) * C + i, closest_index, i < C)
+
+
+@triton.jit
+def _share(tiles, part, parts):
+    """The first tile of the part-th of `parts` equal shares, and the first after it, in 32-bit divisions."""
+    each, more = tiles // parts, tiles % parts
+    first = part * each + tl.minimum(part, more)
+    return first, first + each + (part < more).to(tl.int32)
 
 
 @triton.jit
@@ -148,10 +156,10 @@ def _radii(
     used = anchor < A
     a = tl.load(classes + anchor, used, 0)
     bias_a = tl.load(bias + a)
-    tiles = tl.cdiv(C, B).to(tl.int64)
+    first, last = _share(tl.cdiv(C, B), part, parts)
     radius = tl.full((B,), float("inf"), tl.float64)
-    for tile in range(tiles * part // parts, tiles * (part + 1) // parts):
-        c = tile * B + tl.arange(0, B)
+    for tile in range(first, last):
+        c = tl.cast(tile, tl.int64) * B + tl.arange(0, B)
         lead = tl.zeros((B, B), tl.float64)
         square = tl.zeros((B, B), tl.float64)
         for k in range(p):
@@ -186,11 +194,11 @@ def _gram(
     """Each program's share of ‖G‖², or with IDEAL of ‖G/‖G‖ − ideal‖²."""
     part = tl.program_id(1)
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    tiles = tl.cdiv(C, B).to(tl.int64)
+    first, last = _share(tl.cdiv(C, B), part, parts)
     total = tl.zeros((), tl.float64)
     factor = tl.load(scale) if IDEAL else total
-    for tile in range(tiles * part // parts, tiles * (part + 1) // parts):
-        j = tile * B + tl.arange(0, B)
+    for tile in range(first, last):
+        j = tl.cast(tile, tl.int64) * B + tl.arange(0, B)
         gram = tl.zeros((B, B), tl.float64)
         for k in range(p):
             row = tl.cast(k, tl.int64) * C
@@ -263,7 +271,17 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
     with target.active(left):
         for second in (False, True):
             _gram[(blocks, parts)](
-                left, right, 1 / norm, sums[int(second)], p, C, parts, ideal, B=_B, IDEAL=second, **target.OPTIONS
+                left,
+                right,
+                1 / norm,
+                sums[int(second)],
+                p,
+                C,
+                parts,
+                ideal,
+                B=_B,
+                IDEAL=second,
+                **target.OPTIONS,
             )
             norm = sums[int(second)].sum().sqrt()
     return norm
