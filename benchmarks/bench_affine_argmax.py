@@ -62,12 +62,8 @@ def opponents(features, means):
     runs = {}
     for name, function in (("addmm + argmax", addmm), ("cdist + argmin", cdist)):
         probe = features[:20_000]
-        best = min(
-            CHUNKS, key=lambda chunk: min(seconds(lambda: function(probe, means, chunk)) for _ in "12")
-        )
-        runs[f"{name}, chunks of {best}"] = lambda function=function, best=best: function(
-            features, means, best
-        )
+        best = min(CHUNKS, key=lambda chunk: min(seconds(lambda: function(probe, means, chunk)) for _ in "12"))
+        runs[f"{name}, chunks of {best}"] = lambda function=function, best=best: function(features, means, best)
     for module, function in (("faiss", faiss), ("sklearn", sklearn)):
         if importlib.util.find_spec(module):
             runs[module] = lambda function=function: function(features, means)
@@ -129,21 +125,18 @@ def collapsed(rounds):
     for _ in range(rounds):
         read.append(seconds(features.sum))
     streamed = statistics.median(
-        seconds(lambda: ncfast.class_scatter(features, labels, shift, scatter=False, radii=True))
+        seconds(
+            lambda: ncfast.class_scatter(features, labels, shift, scatter=False, radii=True)
+        )
         for _ in range(rounds)
     )
     read = statistics.median(read)
-    print(
-        f"    decisions from known radii {1e3 * run:.1f} ms; with a pass for the radii {1e3 * (run + streamed):.1f} ms"
-    )
+    print(f"    decisions from known radii {1e3 * run:.1f} ms; with a pass for the radii {1e3 * (run + streamed):.1f} ms")
     print(f"    one read {1e3 * read:.1f} ms: {(run + streamed) / read:.2f} of them")
     for name, other in runs.items():
         twice = 2 * statistics.median(seconds(other) for _ in range(3))
-        print(
-            f"    {name:36} 2 rules {1e3 * twice:9.1f} ms   ncfast {twice / run:.1f}×, "
-            f"with the pass {twice / (run + streamed):.1f}×",
-            flush=True,
-        )
+        print(f"    {name:36} 2 rules {1e3 * twice:9.1f} ms   ncfast {twice / run:.1f}×, "
+              f"with the pass {twice / (run + streamed):.1f}×", flush=True)
 
 
 def main():
@@ -153,9 +146,7 @@ def main():
     options = parser.parse_args()
     if options.isa:
         os.environ["NCFAST_CPU_ISA"] = options.isa
-    print(
-        f"{platform.machine()} {_cpu.isa('affine_argmax')}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    print(f"{platform.machine()} {_cpu.isa('affine_argmax')}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     one_rule(options.rounds)
     collapsed(options.rounds)
 

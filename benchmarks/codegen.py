@@ -27,7 +27,7 @@ TARGETS = {
     for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 }
 MATRIX = ("_scatter_pairs", "_top_two")  # must use the matrix units in a loop, and load 128 bits at a time
-NO_MATRIX = {  # every other kernel, and why neither is asked of it; spills and local memory are forbidden to all
+NO_MATRIX = {  # every other kernel, and why neither is asked of it; none may spill
     "_reduce_splits": "adds float64 splits in order",
     "_place_rows": "moves indices",
     "_class_sums": "adds rows of p elements, for small batches or out of group sums",
