@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+GPU_BACKENDS = ("cuda", "triton")
 
 _forced: ContextVar[str | None] = ContextVar("ncfast_forced_backend", default=None)
 _recording: ContextVar[list[tuple[str, str]] | None] = ContextVar("ncfast_recording", default=None)
@@ -111,6 +112,8 @@ def refusal(operation: str, backend: str, features: torch.Tensor, **options: Any
     """Why `backend` cannot run `operation` on these features with these options, or None when it can."""
     if not _exists(operation, backend):
         return f"{operation} has no {backend} implementation"
+    if backend in GPU_BACKENDS and features.device.type == "cpu" and forced_backend() != backend:
+        return "takes CPU tensors only when forced, for tests"
     reason = unavailable(backend) or _module(operation, backend).refuses(features)
     lacks = None if reason else getattr(_module(operation, backend), "lacks", None)
     return lacks(**options) if lacks else reason
