@@ -1,6 +1,7 @@
 """The gate on generated code: no spills, matrix instructions, 128-bit loads, shared memory in limits."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("target", codegen.TARGETS)
 def test_every_tile_passes_the_gate(target):
-    rows = codegen.compiled(target)
+    rows = codegen.compiled(target, (torch.float32, torch.bfloat16, torch.float16))
     assert {row.kernel for row in rows} >= {*codegen.MATRIX, "_class_sums", "_recheck", "_pairs", "_radii"}
     assert [fault for row in rows for fault in row.faults()] == []
 

@@ -305,11 +305,11 @@ def test_in_the_interpreter():
     if reason := (triton_machines.missing("sm_80")):
         pytest.skip(reason)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "interpreter and not in_the", __file__],
+        [sys.executable, "-m", "pytest", "-v", "-k", "interpreter and not in_the", __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
-    assert "skipped" not in done.stdout.splitlines()[-1]
+    assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-4000:]
