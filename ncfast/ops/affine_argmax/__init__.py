@@ -1,6 +1,7 @@
 """affine_argmax: every decision rule is argmax_c ⟨v_c, h⟩ + b_c."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -34,6 +35,12 @@ def affine_argmax(
     Source: Papyan, Han & Donoho (PNAS 2020), NC4: the network classifier is (W, b); the nearest-class-centre
     rule argmin_c ‖h − μ_c‖ is (μ, −½‖μ_c‖²).
     """
+    if torch.compiler.is_compiling():
+        if isinstance(weight, torch.Tensor):
+            rule = features.detach(), [weight.detach()], [bias]
+            return cast(torch.Tensor, torch.ops.ncfast.affine_argmax(*rule)[0])
+        rules = [v.detach() for v in weight], [None] * len(weight) if bias is None else list(bias)
+        return tuple(torch.ops.ncfast.affine_argmax(features.detach(), *rules))
     check_features(features)
     if isinstance(weight, torch.Tensor):
         return _decide(features, [_checked_rule(features, weight, bias)])[0]
@@ -59,6 +66,8 @@ def nearest_class_center(features: torch.Tensor, means: torch.Tensor) -> torch.T
 
     Source: Papyan, Han & Donoho (PNAS 2020), NC4 and Fig. 7.
     """
+    if torch.compiler.is_compiling():
+        return cast(torch.Tensor, torch.ops.ncfast.nearest_class_center(features.detach(), means.detach()))
     means = _checked_rows(features, means, "means")
     present = ~means.isnan().any(1)
     if not present.any():
@@ -114,3 +123,34 @@ def _checked_rule(features: torch.Tensor, weight: object, bias: object) -> tuple
     if bias.device != features.device:
         raise ValueError(f"bias is on {bias.device} but features are on {features.device}")
     return rows, bias.detach()
+
+
+# What torch.compile sees of the two functions.
+@torch.library.custom_op(
+    "ncfast::affine_argmax",
+    mutates_args=(),
+    schema="(Tensor features, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
+)
+def _affine_argmax_op(
+    features: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    return list(affine_argmax(features, weights, biases))
+
+
+@_affine_argmax_op.register_fake
+def _(
+    features: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],  # noqa: ARG001 (one signature)
+) -> list[torch.Tensor]:
+    return [features.new_empty(features.shape[0], dtype=torch.int64) for _ in weights]
+
+
+@torch.library.custom_op("ncfast::nearest_class_center", mutates_args=())
+def _nearest_class_center_op(features: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    return nearest_class_center(features, means)
+
+
+@_nearest_class_center_op.register_fake
+def _(features: torch.Tensor, means: torch.Tensor) -> torch.Tensor:  # noqa: ARG001 (one signature)
+    return features.new_empty(features.shape[0], dtype=torch.int64)

@@ -84,6 +84,12 @@ def class_scatter(
             naming the first such row. On other devices these two are the caller's duty: finding them would
             synchronise.
     """
+    if torch.compiler.is_compiling():
+        options = scatter, radii, precision, ignore_index
+        counts, sums, sumsq, square, distances = torch.ops.ncfast.class_scatter(
+            features.detach(), labels, shift.detach(), *options
+        )
+        return ClassScatter(counts, sums, sumsq, square if scatter else None, distances if radii else None)
     check_features(features)
     check_labels(labels, features)
     if labels.dtype not in (torch.int64, torch.int32):
@@ -111,6 +117,53 @@ def class_scatter(
     if features.device.type == "cpu" and not result.sumsq.isfinite().all():
         raise_for_nonfinite(features, labels, ignore_index)
     return result
+
+
+# What torch.compile sees: one node, which it neither looks into nor breaks its graph at. What was not asked
+# for is an empty tensor.
+@torch.library.custom_op("ncfast::class_scatter", mutates_args=())
+def _class_scatter_op(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    shift: torch.Tensor,
+    scatter: bool,
+    radii: bool,
+    precision: str,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    result = class_scatter(
+        features,
+        labels,
+        shift,
+        scatter=scatter,
+        radii=radii,
+        precision=precision,
+        ignore_index=ignore_index,
+    )
+    square = result.sums.new_empty(0, 0) if result.scatter is None else result.scatter
+    distances = features.new_empty(0, dtype=shift_dtype(features.dtype))
+    return *result[:3], square, distances if result.radii is None else result.radii
+
+
+@_class_scatter_op.register_fake
+def _(
+    features: torch.Tensor,
+    labels: torch.Tensor,  # noqa: ARG001 (one signature)
+    shift: torch.Tensor,
+    scatter: bool,
+    radii: bool,
+    precision: str,  # noqa: ARG001
+    ignore_index: int,  # noqa: ARG001
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    C, p = shift.shape
+    side = p if scatter else 0
+    return (
+        shift.new_empty(C, dtype=torch.int64),
+        shift.new_empty(C, p, dtype=torch.float64),
+        shift.new_empty(C, dtype=torch.float64),
+        shift.new_empty(side, side, dtype=torch.float64),
+        features.new_empty(features.shape[0] if radii else 0, dtype=shift_dtype(features.dtype)),
+    )
 
 
 def accumulate(

@@ -1,6 +1,6 @@
 """pair_geometry: what all pairs of classes say, reduced on the way: no caller ever holds a C×C matrix."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -50,6 +50,10 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None = None) 
     Source: cosines: Papyan, Han & Donoho (PNAS 2020), Figs. 3 and 4; CDNV: Galanti, György & Hutter
     (ICLR 2022); logarithmic kernel: Liu et al. (ICLR 2023) and Wu & Papyan (NeurIPS 2024).
     """
+    if torch.compiler.is_compiling():
+        given = None if variances is None else variances.detach()
+        *shared, cdnv = torch.ops.ncfast.pair_geometry(vectors.detach(), given)
+        return PairGeometry._make([*shared, None if variances is None else cdnv])
     _check_rows(vectors, "vectors", minimum=2)
     if variances is not None:
         _check_floating(variances, "variances")
@@ -76,6 +80,9 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Te
     Source: Zhu et al. (NeurIPS 2021), "A geometric analysis of neural collapse with unconstrained features",
     §5.
     """
+    if torch.compiler.is_compiling():
+        given = None if right is None else right.detach()
+        return cast(torch.Tensor, torch.ops.ncfast.etf_error(left.detach(), given))
     _check_rows(left, "left", minimum=2)
     if right is not None:
         _check_rows(right, "right", minimum=2)
@@ -113,6 +120,10 @@ def decision_radius(
 
     Source: Theorem 3 of Papyan, Han & Donoho (PNAS 2020), whose error exponent is β = ½ min_a ρ_a².
     """
+    if torch.compiler.is_compiling():
+        given = None if bias is None else bias.detach()
+        rule = weight.detach(), given
+        return cast(torch.Tensor, torch.ops.ncfast.decision_radius(*rule, anchors.detach(), classes))
     _check_rows(weight, "weight", minimum=1)
     _check_rows(anchors, "anchors", minimum=0)
     C = weight.shape[0]
@@ -129,6 +140,50 @@ def decision_radius(
         _check_device(tensor, name, weight, "weight")
     run = dispatch.select("pair_geometry", weight, "decision_radius")
     return run(weight.detach().double(), bias.detach().double(), anchors.detach().double(), classes)
+
+
+# What torch.compile sees of the three functions. A CDNV that was not asked for is an empty tensor.
+@torch.library.custom_op(
+    "ncfast::pair_geometry", mutates_args=(), schema="(Tensor vectors, Tensor? variances) -> Tensor[]"
+)
+def _pair_geometry_op(vectors: torch.Tensor, variances: torch.Tensor | None) -> list[torch.Tensor]:
+    *shared, cdnv = pair_geometry(vectors, variances)
+    return [number.clone() for number in shared] + [shared[0].new_empty(0) if cdnv is None else cdnv.clone()]
+
+
+@_pair_geometry_op.register_fake
+def _(vectors: torch.Tensor, variances: torch.Tensor | None) -> list[torch.Tensor]:
+    C = vectors.shape[0]
+    numbers = [vectors.new_empty((), dtype=torch.float64) for _ in range(7)]
+    nearest = [vectors.new_empty(C, dtype=dtype) for dtype in (torch.float64, torch.int64)]
+    return [*numbers, *nearest, vectors.new_empty((0,) if variances is None else (), dtype=torch.float64)]
+
+
+@torch.library.custom_op("ncfast::etf_error", mutates_args=())
+def _etf_error_op(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
+    return etf_error(left, right)
+
+
+@_etf_error_op.register_fake
+def _(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 (one signature)
+    return left.new_empty((), dtype=torch.float64)
+
+
+@torch.library.custom_op("ncfast::decision_radius", mutates_args=())
+def _decision_radius_op(
+    weight: torch.Tensor, bias: torch.Tensor | None, anchors: torch.Tensor, classes: torch.Tensor | None
+) -> torch.Tensor:
+    return decision_radius(weight, bias, anchors, classes)
+
+
+@_decision_radius_op.register_fake
+def _(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,  # noqa: ARG001 (one signature)
+    anchors: torch.Tensor,
+    classes: torch.Tensor | None,  # noqa: ARG001
+) -> torch.Tensor:
+    return weight.new_empty(anchors.shape[0], dtype=torch.float64)
 
 
 def _check_floating(tensor: torch.Tensor, name: str) -> None:
