@@ -1,0 +1,128 @@
+"""The three operations on a GPU, beside eager PyTorch doing the same there.
+
+    python benchmarks/bench_gpu.py                         (N=262,144, p=1024: 4 GiB of GPU memory)
+
+Opponents: H.T @ H of the centred features, in float32, TF32 and bfloat16, with index_add for the sums;
+addmm and argmax in chunks; the full C×C matrices. Answers are checked against the float64 reference on the
+first rows before anything is timed. Medians of runs that take turns, the device synchronised around each;
+"read" is torch.sum over the features. `--device cpu --rows 2048` tries the script where there is no GPU: that
+is all it has been run on.
+"""
+
+import argparse
+import statistics
+import time
+from functools import partial
+
+import torch
+
+import ncfast
+from ncfast.ops import dispatch
+from ncfast.ops.class_scatter import class_scatter
+
+P, C = 1024, 1000
+
+
+def seconds(function, device):
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronise()
+    start = time.perf_counter()
+    function()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def compare(title, runs, device, rounds):
+    """`runs`: name -> function; the first is ours."""
+    times = {name: [] for name in runs}
+    for turn in range(rounds + 2):  # two to compile and to warm up
+        for name, run in runs.items():
+            elapsed = seconds(run, device)
+            if turn > 1:
+                times[name].append(elapsed)
+    medians = {name: statistics.median(list_) for name, list_ in times.items()}
+    own = medians[next(iter(runs))]
+    print(title)
+    for name, median in medians.items():
+        print(f"    {name:28} {1e3 * median:9.3f} ms   ncfast {median / own:.2f}×", flush=True)
+
+
+def scatter(features, labels, shift, matmul):
+    """Sums, squares and scatter of the centred rows; `matmul` is a (dtype, TF32 allowed) pair."""
+    dtype, tf32 = matmul
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    d = features - shift[labels]
+    sums = torch.zeros_like(shift).index_add_(0, labels, d)
+    sumsq = torch.zeros_like(shift[:, 0]).index_add_(0, labels, d.square().sum(1))
+    product = d.to(dtype).T @ d.to(dtype)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return sums, sumsq, product
+
+
+def decide(features, means, chunk=16_384):
+    offset = -0.5 * means.square().sum(1)
+    return torch.cat([torch.addmm(offset, h, means.T).argmax(1) for h in features.split(chunk)])
+
+
+def pairs(means):
+    """Part of the numbers only: cosines and nearest distances from the full matrices in float64."""
+    u = means.double()
+    gram = u @ u.T
+    norms = gram.diagonal().sqrt()
+    cosines = gram / norms / norms[:, None]
+    distances = torch.cdist(u, u).fill_diagonal_(torch.inf)
+    return cosines.std(), (cosines + 1 / (C - 1)).abs().mean(), distances.min(1), distances.log().mean()
+
+
+def check(features, labels, shift, precision, bound):
+    given = features[:512], labels[:512], shift
+    with ncfast.use_backend("reference"):
+        truth = class_scatter(*given)
+    error = (class_scatter(*given, precision=precision).scatter - truth.scatter).abs().max()
+    if not error <= bound * truth.scatter.diagonal().max():
+        raise SystemExit(f"wrong answer for {precision}: off by {float(error):.3g}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--rows", type=int, default=262_144)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    shift = torch.randn(C, P, device=device)
+    labels = torch.randint(0, C, (options.rows,), device=device)
+    features = shift[labels] + 0.1 * torch.randn(options.rows, P, device=device)
+    chosen = {
+        operation: next(backend for backend, why in dispatch.explain(operation, features) if why == "runs")
+        for operation in ("class_scatter", "affine_argmax", "pair_geometry")
+    }
+    print(f"{name}, torch {torch.__version__}, {chosen}")
+    opponents = {
+        "highest": ("float32", (torch.float32, False), 1e-5),
+        "high": ("TF32", (torch.float32, True), 1e-4),
+        "medium": ("bfloat16", (torch.bfloat16, False), 2e-2),
+    }
+    for precision, (other, matmul, bound) in opponents.items():
+        check(features, labels, shift, precision, bound)
+        runs = {
+            "ncfast": partial(class_scatter, features, labels, shift, precision=precision),
+            f"eager, {other}": partial(scatter, features, labels, shift, matmul),
+            "read": features.sum,
+        }
+        compare(f'class_scatter "{precision}", N={options.rows} p={P} C={C}', runs, device, options.rounds)
+    if not torch.equal(ncfast.nearest_class_center(features[:512], shift), labels[:512]):
+        raise SystemExit("wrong decisions")
+    runs = {
+        "ncfast": partial(ncfast.nearest_class_center, features, shift),
+        "addmm + argmax": partial(decide, features, shift),
+        "read": features.sum,
+    }
+    compare(f"nearest_class_center, N={options.rows} p={P} C={C}", runs, device, options.rounds)
+    runs = {"ncfast": partial(ncfast.pair_geometry, shift), "full matrices": partial(pairs, shift)}
+    compare(f"pair_geometry, C={C} p={P}", runs, device, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
