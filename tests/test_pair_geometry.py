@@ -315,6 +315,28 @@ def test_etf_error_near_an_etf_does_not_cancel(backend):
     oracle.assert_relative(small / smaller, 100.0, 1e-4)
 
 
+def test_many_classes_in_closed_form(backend):
+    """So many that tasks hold several blocks of rows; no C×C matrix, in the kernel or here."""
+    if backend == "reference":
+        pytest.skip("holds C×C matrices")
+    C, p = 6200, 16
+    rows = torch.randn(C, p, dtype=torch.float64)
+    with backends.forced("pair_geometry", backend):
+        geometry = ncfast.pair_geometry(rows, torch.ones(C))
+    units = rows / rows.norm(dim=1, keepdim=True)
+    pairs = C * (C - 1)
+    mean = (units.sum(0).square().sum() - C) / pairs  # Σ_{c, c′} cos = ‖Σ û‖²
+    squares = ((units.T @ units).square().sum() - C) / pairs  # Σ_{c, c′} cos² = ‖Σ û ûᵀ‖²
+    oracle.assert_within(geometry.cosine_mean, mean, 64 * p * EPS)
+    oracle.assert_within(geometry.cosine_std, (squares - mean.square()).sqrt(), 64 * p * EPS)
+    some = torch.arange(0, C, 97)
+    distances = torch.cdist(rows[some], rows, compute_mode="donot_use_mm_for_euclid_dist")
+    distances[torch.arange(len(some)), some] = torch.inf
+    nearest = distances.min(1)
+    assert torch.equal(geometry.nearest_index[some], nearest.indices)
+    oracle.assert_within(geometry.nearest_distance[some], nearest.values, 8 * p * EPS * 10)
+
+
 def test_errors(backend):  # noqa: ARG001 (nothing runs)
     rows = torch.randn(3, 4)
     for call, error, words in [

@@ -100,6 +100,14 @@ std::vector<double> roots_of(const std::vector<double>& squares) {
 // The number of threads worth waking for so many multiplications.
 int threads_for(int threads, double work) { return work < 1 << 18 ? 1 : threads; }
 
+// How many blocks of rows meet a tile of others while it is in the cache: many rows come from memory, once
+// per task, and few have to do for all threads.
+int64_t blocks_per_task(int64_t blocks, int64_t p) {
+  constexpr int64_t kBlockBytes = 1 << 20;
+  if (blocks < 128) return 1;
+  return std::clamp<int64_t>(kBlockBytes / (kSide * p * static_cast<int64_t>(sizeof(double))), 1, 4);
+}
+
 }  // namespace
 
 // Chan's formula.
@@ -146,12 +154,16 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
   }
   std::vector<PairSums> sums(blocks);
   const Buffer tiles = allocate(int64_t{threads} * kSide * kSide);
-  run_tasks(threads, blocks, poll, [&](int64_t block, int slot) {
+  const int64_t group = blocks_per_task(blocks, p);
+  run_tasks(threads, (blocks + group - 1) / group, poll, [&](int64_t task, int slot) {
     double* tile = tiles.get() + slot * kSide * kSide;
-    const int64_t I = block * kSide;
-    for (int64_t J = I; J < C; J += kSide) {
-      body.products(panels.from(I), panels.from(J), p, tile);
-      body.reduce_pairs(rows, I, J, tile, &search[slot], &sums[block]);
+    const int64_t first = task * group, end = std::min(blocks, first + group);
+    for (int64_t J = first * kSide; J < C; J += kSide) {
+      for (int64_t block = first; block < end && block * kSide <= J; block++) {
+        const int64_t I = block * kSide;
+        body.products(panels.from(I), panels.from(J), p, tile);
+        body.reduce_pairs(rows, I, J, tile, &search[slot], &sums[block]);
+      }
     }
   });
   for (int slot = 1; slot < threads; slot++) {  // each thread learns what the others found
