@@ -60,15 +60,10 @@ void look_out(const Condition& condition) {
 
 class Pool {
  public:
-  // The pool of this process, leaked on purpose: at exit its threads sleep and hold nothing. A forked child
-  // has none of its parent's threads, so it starts a pool of its own.
-  static Pool& instance() {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] {
-      current() = new Pool;
-      forked = true;
-    });
-    (void)registered;
-    return *current();
+  // The pool of this process, leaked on purpose: at exit its threads sleep and hold nothing.
+  static Pool*& current() {
+    static Pool* pool = new Pool;
+    return pool;
   }
 
   void run(int threads, int64_t count, const std::function<void(int64_t, int)>& task) {
@@ -99,11 +94,6 @@ class Pool {
   }
 
  private:
-  static Pool*& current() {
-    static Pool* pool = new Pool;
-    return pool;
-  }
-
   void drain(const std::function<void(int64_t, int)>& task, int64_t count, int slot) {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(i, slot);
   }
@@ -135,10 +125,17 @@ class Pool {
   std::atomic<uint64_t> epoch_{0};
 };
 
+// A forked child has none of its parent's threads: it starts a pool of its own. From the moment this library
+// is loaded.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  Pool::current() = new Pool;
+  forked = true;
+});
+
 }  // namespace
 
 void parallel_for(int threads, int64_t count, const std::function<void(int64_t, int)>& task) {
-  Pool& pool = Pool::instance();
+  Pool& pool = *Pool::current();
   const OmpParallel parallel = threads > 1 && count > 1 ? omp_parallel() : nullptr;
   if (!parallel) return pool.run(threads, count, task);
   Tasks tasks{task, count};
