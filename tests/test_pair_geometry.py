@@ -337,6 +337,19 @@ def test_many_classes_in_closed_form(backend):
     oracle.assert_within(geometry.nearest_distance[some], nearest.values, 8 * p * EPS * 10)
 
 
+def test_any_integers_are_classes_and_any_number_of_anchors(backend):
+    """More anchors than classes, the same class twice, none at all; int32 and strided."""
+    weight, anchors = torch.randn(4, 6), torch.randn(9, 6)
+    classes = torch.arange(18)[::2] % 4
+    with backends.forced("pair_geometry", backend):
+        radii = ncfast.decision_radius(weight, None, anchors, classes.int())
+        none = ncfast.decision_radius(weight, None, anchors[:0], classes[:0])
+    with ncfast.use_backend("reference"):
+        truth = ncfast.decision_radius(weight, None, anchors, classes)
+    oracle.assert_within(radii, truth, 100 * EPS * 10)
+    assert none.shape == (0,)
+
+
 def test_errors(backend):  # noqa: ARG001 (nothing runs)
     rows = torch.randn(3, 4)
     for call, error, words in [
@@ -348,6 +361,9 @@ def test_errors(backend):  # noqa: ARG001 (nothing runs)
         (lambda: ncfast.decision_radius(rows, torch.ones(2), rows), ValueError, "bias must have shape"),
         (lambda: ncfast.decision_radius(rows, None, rows[:2]), ValueError, "anchors must have shape"),
         (lambda: ncfast.decision_radius(rows, None, rows.to("meta")), ValueError, "meta"),
+        (lambda: ncfast.decision_radius(rows, None, rows, torch.ones(3)), TypeError, "classes"),
+        (lambda: ncfast.decision_radius(rows, None, rows, torch.tensor([0, 3, 1])), ValueError, "classes"),
+        (lambda: ncfast.decision_radius(rows, None, rows, torch.tensor([0, -1, 1])), ValueError, "classes"),
     ]:
         with pytest.raises(error, match=words):
             call()

@@ -110,7 +110,7 @@ def decision_radius(
         weight: [C, p] floating point.
         bias: [C] floating point, or None for zeros.
         anchors: [A, p] floating point, one per class of `classes`.
-        classes: [A] int64, the class a of each anchor; None for 0 … C − 1, when A = C.
+        classes: [A] integers, the class a of each anchor; None for 0 … C − 1, when A = C.
 
     Returns:
         [A] float64, in the units of the features, off by at most (p + 4) 2⁻⁵² (‖μ_a‖ + |ρ_a|).
@@ -138,6 +138,11 @@ def decision_radius(
         )
     for tensor, name in ((bias, "bias"), (anchors, "anchors"), (classes, "classes")):
         _check_device(tensor, name, weight, "weight")
+    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        raise TypeError(f"classes must be integers, got {classes.dtype}")
+    classes = classes.detach().long()
+    if classes.device.type == "cpu" and ((classes < 0) | (classes >= C)).any():
+        raise ValueError(f"classes must lie in [0, {C})")
     run = dispatch.select("pair_geometry", weight, "decision_radius")
     return run(weight.detach().double(), bias.detach().double(), anchors.detach().double(), classes)
 
