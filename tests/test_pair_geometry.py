@@ -350,6 +350,51 @@ def test_any_integers_are_classes_and_any_number_of_anchors(backend):
     assert none.shape == (0,)
 
 
+def test_anchors_may_share_the_memory_of_the_weight(backend):
+    """Where the first number is the same and the rest is not: other strides, other lengths."""
+    square = torch.randn(6, 6, dtype=torch.float64)
+    long = torch.randn(600, 8, dtype=torch.float64)
+    many = torch.arange(600) % 3
+    for weight, anchors, classes in [
+        (square, square.T, None),
+        (long[:12:2], long[:6], None),
+        (long[:3, :5], long[:, :5], many),  # copied apart: only the anchors have 600 rows
+        (long[:3], long, many),
+        (long[:6, :5], long[:6, :5], None),
+    ]:
+        with backends.forced("pair_geometry", backend):
+            radii = ncfast.decision_radius(weight, None, anchors, classes)
+        with ncfast.use_backend("reference"):
+            truth = ncfast.decision_radius(weight, None, anchors.clone(), classes)
+        bound = 2 * (weight.shape[1] + 4) * 2.0**-52 * (anchors.norm(dim=1) + truth.abs())
+        oracle.assert_within((radii - truth) / bound, torch.zeros(len(radii)), 1.0)
+
+
+def test_decision_radius_of_any_scale(backend):
+    """Powers of two change no digit, though the square of a lead or of an anchor would underflow."""
+    C, p = 40, 8
+    weight = torch.randn(C, p, dtype=torch.float64)
+    anchors = torch.randn(C, p, dtype=torch.float64)
+    with backends.forced("pair_geometry", backend):
+        expected = ncfast.decision_radius(weight, None, anchors)
+        for a, b in [(0, -600), (-100, -700), (400, 400)] + [(-449, -80 - n) for n in range(16)]:
+            radii = ncfast.decision_radius(weight * 2.0**a, None, anchors * 2.0**b) * 2.0**-b
+            bound = 2 * (p + 4) * 2.0**-52 * (anchors.norm(dim=1) + expected.abs())
+            oracle.assert_within((radii - expected) / bound, torch.zeros(C), 1.0, f"{a} {b}")
+
+
+def test_cosines_of_any_scale(backend):
+    """Norms whose product underflows, and norms whose product would if both were inverted first."""
+    rows = torch.randn(20, 6, dtype=torch.float64)
+    names = ("cosine_mean", "cosine_std", "cosine_min", "cosine_max", "log_kernel_mean")
+    with backends.forced("pair_geometry", backend):
+        expected = ncfast.pair_geometry(rows)
+        for scale in (2.0**-490, 2.0**-516, 2.0**490):
+            geometry = ncfast.pair_geometry(rows * scale)
+            for name in names:  # 2^-516 leaves squares 41 bits
+                oracle.assert_within(getattr(geometry, name), getattr(expected, name), 6 * 2.0**-38, name)
+
+
 def test_errors(backend):  # noqa: ARG001 (nothing runs)
     rows = torch.randn(3, 4)
     for call, error, words in [
@@ -362,6 +407,9 @@ def test_errors(backend):  # noqa: ARG001 (nothing runs)
         (lambda: ncfast.decision_radius(rows, None, rows[:2]), ValueError, "anchors must have shape"),
         (lambda: ncfast.decision_radius(rows, None, rows.to("meta")), ValueError, "meta"),
         (lambda: ncfast.decision_radius(rows, None, rows, torch.ones(3)), TypeError, "classes"),
+        (lambda: ncfast.decision_radius(rows, None, rows, [0, 1, 2]), TypeError, "classes"),
+        (lambda: ncfast.decision_radius(rows, None, rows, torch.ones(3, 2).long()), ValueError, "classes"),
+        (lambda: ncfast.decision_radius(rows, None, rows, torch.tensor(0)), ValueError, "classes"),
         (lambda: ncfast.decision_radius(rows, None, rows, torch.tensor([0, 3, 1])), ValueError, "classes"),
         (lambda: ncfast.decision_radius(rows, None, rows, torch.tensor([0, -1, 1])), ValueError, "classes"),
     ]:

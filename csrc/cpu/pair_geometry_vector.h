@@ -192,7 +192,7 @@ struct PairVectors {
       for (int i = 0; i < kSide; i += W) {
         const M mask = used(i, j);
         const V g = load(tile + j * kSide + i);
-        const V cosine = g * (load(rows.inverse + I + i) * inverse_j);
+        const V cosine = g * load(rows.inverse + I + i) * inverse_j;
         const V both = load(rows.squares + I + i) + square_j;
         const V d = both - 2.0 * g, e = 2.0 - 2.0 * cosine, slack = error * both;
         const V above = mask ? d + slack : infinity, most_i = load(most + i);
@@ -348,7 +348,8 @@ struct PairVectors {
         const V both = load(rows.own_square + I + i) + square;
         const V d = both - 2.0 * load(gram + j * kSide + i), d_error = 2.0 * error * both;
         const V least = own - score - lead_error;
-        const V least_square = least * magnitude(least) / (least < 0 ? d - d_error : d + d_error);
+        // Divided first: the square of a lead may underflow.
+        const V least_square = magnitude(least) / (least < 0 ? d - d_error : d + d_error) * least;
         // What is NaN, and what underflows or overflows, stays open.
         open[i / W] =
             ~((d > 2.0 * d_error) & (d > 0x1p-900) & (d < 0x1p900) & (magnitude(least_square) > 0x1p-900) &

@@ -5,6 +5,7 @@ from typing import NamedTuple, cast
 import torch
 
 from ncfast.ops import dispatch
+from ncfast.ops.class_scatter import LABEL_DTYPES
 
 
 class PairGeometry(NamedTuple):
@@ -129,6 +130,10 @@ def decision_radius(
     C = weight.shape[0]
     bias = weight.new_zeros(C) if bias is None else bias
     classes = torch.arange(C, device=weight.device) if classes is None else classes
+    if not isinstance(classes, torch.Tensor) or classes.dtype not in LABEL_DTYPES:
+        raise TypeError("classes must be a torch.Tensor of integers")
+    if classes.ndim != 1:
+        raise ValueError(f"classes must have shape [A], got {list(classes.shape)}")
     _check_floating(bias, "bias")
     if bias.shape != (C,):
         raise ValueError(f"bias must have shape [{C}], got {list(bias.shape)}")
@@ -138,8 +143,6 @@ def decision_radius(
         )
     for tensor, name in ((bias, "bias"), (anchors, "anchors"), (classes, "classes")):
         _check_device(tensor, name, weight, "weight")
-    if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
-        raise TypeError(f"classes must be integers, got {classes.dtype}")
     classes = classes.detach().long()
     if classes.device.type == "cpu" and ((classes < 0) | (classes >= C)).any():
         raise ValueError(f"classes must lie in [0, {C})")

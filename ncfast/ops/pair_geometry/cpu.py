@@ -71,7 +71,11 @@ def decision_radius(
     """Screen every pair by its Gram matrix; measure those that may be the nearest boundary."""
     import ncfast._cpu as _cpu
 
-    same = anchors is weight or anchors.data_ptr() == weight.data_ptr()
+    same = (anchors.data_ptr(), anchors.shape, anchors.stride()) == (
+        weight.data_ptr(),
+        weight.shape,
+        weight.stride(),
+    )
     weight, bias, classes = weight.contiguous(), bias.contiguous(), classes.contiguous()
     anchors = weight if same else anchors.contiguous()
     radii = weight.new_empty(len(classes))
