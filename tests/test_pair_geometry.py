@@ -265,6 +265,23 @@ def test_decision_radius_keeps_its_promise(backend, kind, C, p):
         assert (((radii - truth).abs() <= bound) | (radii == truth)).all()
 
 
+@pytest.mark.parametrize("spread", [3e-1, 1e-1, 1e-2, 1e-4, 1e-8, 1e-15])
+def test_decision_radius_near_collapse(backend, spread):
+    """All walls about equally near, as collapse has it: no precision may miss the nearest."""
+    C, p = 200, 260
+    weight = ncfast.simplex_etf(C, p).double()
+    weight += spread * torch.randn(C, p, dtype=torch.float64) * weight.norm(dim=1).mean() / p**0.5
+    anchors = weight + 1e-3 * torch.randn(C, p, dtype=torch.float64) / p**0.5
+    bias = 1e-3 * torch.randn(C, dtype=torch.float64)
+    for rule, points in [((weight, bias), anchors), ((weight, -0.5 * weight.square().sum(1)), weight)]:
+        with backends.forced("pair_geometry", backend):
+            radii = ncfast.decision_radius(*rule, points)
+        with ncfast.use_backend("reference"):
+            truth = ncfast.decision_radius(*rule, points)
+        bound = 2 * (p + 4) * 2.0**-52 * (points.norm(dim=1) + truth.abs())
+        assert ((radii - truth).abs() <= bound).all()
+
+
 def test_cosines_that_agree_do_not_cancel(backend):
     """A standard deviation of 1e-9 about a cosine of 0.8: E[x²] − E[x]² would be noise."""
     C, p = 60, 64

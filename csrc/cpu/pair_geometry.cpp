@@ -34,6 +34,14 @@ const PairBody& body_of(Isa isa) {
   }
 }
 
+// Null where there is nothing faster than float64.
+const PairScreen* screen_of([[maybe_unused]] Isa isa, [[maybe_unused]] int level) {
+#if defined(__x86_64__)
+  if (isa == Isa::amx) return pair_screen_amx(level);
+#endif
+  return nullptr;
+}
+
 struct Free {
   void operator()(double* memory) const { std::free(memory); }
 };
@@ -80,12 +88,13 @@ class Panels {
   const Buffer data_;
 };
 
+// |row|^2, padded with zeros.
 std::vector<double> squares_of(const PairBody& body, const double* vectors, int64_t rows, int64_t p,
                                int threads) {
   std::vector<double> squares(round_up(rows, kSide));
   parallel_for(threads, (rows + kSide - 1) / kSide, [&](int64_t block, int) {
-    const int64_t first = block * kSide;
-    body.squares(vectors + first * p, std::min<int64_t>(kSide, rows - first), p, &squares[first]);
+    for (int64_t r = block * kSide; r < std::min(rows, (block + 1) * kSide); r++)
+      squares[r] = body.dot(vectors + r * p, vectors + r * p, p);
   });
   return squares;
 }
@@ -263,48 +272,152 @@ double etf_error(const EtfError& call, Isa isa, int threads, const std::function
   return std::hypot(shortfall, std::sqrt(across)) / norm;
 }
 
+namespace {
+
+// Blocks of rows scaled to norm 1, for a PairScreen.
+class ScreenBlocks {
+ public:
+  ScreenBlocks(const PairScreen& screen, bool left, const double* vectors, const double* norms, int64_t rows,
+               int64_t p, int threads, const int64_t* chosen = nullptr)
+      : block_(screen.block(p)), data_(allocate(round_up(rows, kSide) / kSide * block_ / sizeof(double))) {
+    const auto pack = left ? screen.pack_left : screen.pack_right;
+    std::vector<Packed> packed(round_up(rows, kSide));
+    parallel_for(threads, round_up(rows, kSide) / kSide, [&](int64_t block, int) {
+      for (int64_t r = block * kSide; r < (block + 1) * kSide; r++) {
+        const int64_t row = r < rows ? (chosen ? chosen[r] : r) : 0;
+        packed[r] = pack(vectors + row * p, r < rows ? 1 / norms[row] : 0, p, r % kSide, at(r));
+      }
+    });
+    for (const Packed& row : packed) {
+      most_.lost = row.lost <= most_.lost ? most_.lost : row.lost;  // a NaN counts
+      most_.low = row.low <= most_.low ? most_.low : row.low;
+    }
+  }
+
+  char* at(int64_t row) const { return reinterpret_cast<char*>(data_.get()) + row / kSide * block_; }
+  Packed most() const { return most_; }
+
+ private:
+  const size_t block_;
+  const Buffer data_;
+  Packed most_ = {0, 0};
+};
+
+// Who may wait per task: more are settled at once, or, where there is a more precise way, left to that.
+constexpr int64_t kRadiusRoom = 4 * kSide * kSide;
+constexpr int64_t kPatience = 16 * kSide;
+
+// Tiles of `gram` and `scores` as PairBody::reduce_radius wants them. May leave them the same address.
+using RadiusTiles = std::function<void(int64_t I, int64_t J, double* gram, double* scores)>;
+
+}  // namespace
+
 void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std::function<void()>& poll) {
   const PairBody& body = body_of(isa);
   const int64_t C = call.C, p = call.p, A = call.A, blocks = (A + kSide - 1) / kSide;
-  std::fill_n(call.radii, A, kInfinity);
   bool centres =
       call.anchors == call.weight && A == C;  // the nearest-class-centre rule about its own centres
   for (int64_t i = 0; i < A && centres; i++) centres = call.classes[i] == i;
   threads = threads_for(threads, (centres ? 1.0 : 2.0) * A * C * p);
+  constexpr double kTiny = 0x1p-900;  // squares that may have underflowed
+  const auto norms_of = [&](std::vector<double> squares) {
+    for (double& square : squares) square = std::sqrt(std::max(square, kTiny));
+    return squares;
+  };
+  const std::vector<double> squares = squares_of(body, call.weight, C, p, threads), norms = norms_of(squares);
+  const std::vector<double> anchor_norms =
+      centres ? norms : norms_of(squares_of(body, call.anchors, A, p, threads));
+  std::vector<double> own(anchor_norms.size()), own_square(own), own_norms(own);
+  parallel_for(threads, A, [&](int64_t i, int) {
+    const int64_t a = call.classes[i];
+    own[i] = body.dot(call.weight + a * p, call.anchors + i * p, p) + call.bias[a];
+    own_square[i] = squares[a];
+    own_norms[i] = norms[a] * anchor_norms[i];
+  });
+  RadiusRows rows = {call,
+                     squares.data(),
+                     norms.data(),
+                     own.data(),
+                     own_square.data(),
+                     anchor_norms.data(),
+                     own_norms.data(),
+                     0};
+  std::vector<Candidate> waiting(threads * kRadiusRoom);
+  const Buffer tiles = allocate(int64_t{threads} * 2 * kSide * kSide);
+  // Decides the blocks in `todo`; with `impatience` hands those back of which too many walls would be
+  // evaluated.
+  const auto sweep = [&](const std::vector<int64_t>& todo, bool impatient, const RadiusTiles& tiles_of) {
+    std::vector<char> left(blocks);
+    run_tasks(threads, static_cast<int64_t>(todo.size()), poll, [&](int64_t task, int slot) {
+      double *gram = tiles.get() + slot * 2 * kSide * kSide, *scores = gram + kSide * kSide;
+      const int64_t block = todo[task], I = block * kSide;
+      RadiusSearch search = {{}, &waiting[slot * kRadiusRoom], 0, kRadiusRoom};
+      std::fill_n(search.most, kSide, kInfinity);
+      std::fill_n(call.radii + I, std::min<int64_t>(kSide, A - I), kInfinity);
+      for (int64_t J = 0; J < C; J += kSide) {
+        if (search.count + kSide * kSide > search.room) {
+          if ((left[block] = impatient)) return;
+          body.settle_radius(rows, &search);
+        }
+        tiles_of(I, J, gram, scores);
+        body.reduce_radius(rows, I, J, gram, centres ? gram : scores, &search);
+      }
+      const int64_t open =
+          std::count_if(search.waiting, search.waiting + search.count,
+                        [&](const Candidate& wall) { return !(wall.least > search.most[wall.i % kSide]); });
+      if ((left[block] = impatient && open > kPatience)) return;
+      body.settle_radius(rows, &search);
+    });
+    std::vector<int64_t> rest;
+    for (const int64_t block : todo) {
+      if (left[block]) rest.push_back(block);
+    }
+    return rest;
+  };
+  std::vector<int64_t> todo(blocks);
+  std::iota(todo.begin(), todo.end(), 0);
+  for (int level = 0; level < kScreenLevels && !todo.empty(); level++) {
+    const PairScreen* screen = screen_of(isa, level);
+    if (!screen) break;
+    const ScreenBlocks weight(*screen, false, call.weight, norms.data(), C, p, threads);
+    const ScreenBlocks own_weight(*screen, true, call.weight, norms.data(), A, p, threads, call.classes);
+    std::unique_ptr<ScreenBlocks> anchors;
+    if (!centres)
+      anchors =
+          std::make_unique<ScreenBlocks>(*screen, true, call.anchors, anchor_norms.data(), A, p, threads);
+    // <u, v> - <u^, v^> = <u - u^, v> + <u^, v - v^>, what level 1 leaves out of <u^, v^>, and its rounding.
+    const auto unit = [&](const Packed& u, const Packed& v) {
+      return u.lost + (1 + u.lost) * (v.lost + (1 + v.lost) * screen->depth(p) * 0x1p-24) + u.low * v.low;
+    };
+    rows.unit = unit(own_weight.most(), weight.most()) + 0x1p-40;
+    if (anchors) rows.unit = std::max(rows.unit, unit(anchors->most(), weight.most()) + 0x1p-40);
+    const auto products = [&](const ScreenBlocks& left, const double* left_norms, const int64_t* chosen,
+                              int64_t I, int64_t J, double* tile) {
+      alignas(64) float cosines[kSide * kSide];
+      screen->products(left.at(I), weight.at(J), p, cosines);
+      double scale[kSide] = {};
+      for (int i = 0; i < kSide && I + i < A; i++) scale[i] = left_norms[chosen ? chosen[I + i] : I + i];
+      for (int j = 0; j < kSide; j++) {
+        const double norm = norms[J + j];
+        for (int i = 0; i < kSide; i++) tile[j * kSide + i] = cosines[j * kSide + i] * (scale[i] * norm);
+      }
+    };
+    todo = sweep(todo, true, [&](int64_t I, int64_t J, double* gram, double* scores) {
+      products(own_weight, norms.data(), call.classes, I, J, gram);
+      if (!centres) products(*anchors, anchor_norms.data(), nullptr, I, J, scores);
+    });
+  }
+  if (todo.empty()) return;
+  rows.unit = 2 * (static_cast<double>(p) + 8) * 0x1p-53;
   const Panels weight(call.weight, C, p, threads);
   const auto gathered = [&](const double* vectors, const int64_t* chosen) {
     return centres ? nullptr : std::make_unique<Panels>(vectors, A, p, threads, chosen);
   };
   const std::unique_ptr<Panels> own_weight = gathered(call.weight, call.classes);
   const std::unique_ptr<Panels> anchors = gathered(call.anchors, nullptr);
-  const std::vector<double> squares = squares_of(body, call.weight, C, p, threads), norms = roots_of(squares);
-  const std::vector<double> anchor_norms = roots_of(squares_of(body, call.anchors, A, p, threads));
-  std::vector<double> own(anchor_norms.size()), own_square(own), own_norms(own);
-  for (int64_t i = 0; i < A; i++) {
-    const int64_t a = call.classes[i];
-    double score = 0;
-    for (int64_t k = 0; k < p; k++) score += call.weight[a * p + k] * call.anchors[i * p + k];
-    own[i] = score + call.bias[a];
-    own_square[i] = squares[a];
-    own_norms[i] = norms[a] * anchor_norms[i];
-  }
-  const RadiusRows rows = {call,
-                           squares.data(),
-                           norms.data(),
-                           own.data(),
-                           own_square.data(),
-                           anchor_norms.data(),
-                           own_norms.data()};
-  const Buffer tiles = allocate(int64_t{threads} * 2 * kSide * kSide);
-  run_tasks(threads, blocks, poll, [&](int64_t block, int slot) {
-    double* gram = tiles.get() + slot * 2 * kSide * kSide;
-    double* scores = centres ? gram : gram + kSide * kSide;
-    const int64_t I = block * kSide;
-    for (int64_t J = 0; J < C; J += kSide) {
-      body.products((centres ? weight : *own_weight).from(I), weight.from(J), p, gram);
-      if (!centres) body.products(anchors->from(I), weight.from(J), p, scores);
-      body.reduce_radius(rows, I, J, gram, scores);
-    }
+  sweep(todo, false, [&](int64_t I, int64_t J, double* gram, double* scores) {
+    body.products((centres ? weight : *own_weight).from(I), weight.from(J), p, gram);
+    if (!centres) body.products(anchors->from(I), weight.from(J), p, scores);
   });
 }
 

@@ -5,7 +5,8 @@
 // A product <u, v> is off by at most p 2^-53 |u| |v|, so a Gram matrix loses the distance of rows that are
 // close beside their norms, and cannot tell which of two nearly equal distances is the smaller. Such pairs
 // are evaluated once more from the difference of the rows: those too close for the Gram matrix, and those
-// whose bounds leave open which is the smallest.
+// whose bounds leave open which is the smallest. `decision_radius` asks no more of a Gram matrix than which
+// pairs those are, so where there are tiles of bfloat16 it looks there first.
 //
 //   task   kSide rows i, against every row j of its triangle or rectangle
 //     tile   kSide rows j at a time: products[j][i], then one of the reductions below
@@ -102,9 +103,18 @@ struct Residual {
 struct RadiusRows {
   DecisionRadius call;
   const double* squares;  // [C padded to kSide] |v_c|^2
-  const double* norms;    // [C padded] |v_c|
-  // Of each anchor, [A padded]: <v_a, m_a> + b_a, |v_a|^2, |m_a| and |v_a| |m_a|.
+  const double* norms;    // [C padded] |v_c|, where that is tiny at least as large
+  // Of each anchor, [A padded]: <v_a, m_a> + b_a, |v_a|^2, |m_a| (as `norms`) and |v_a| |m_a|.
   const double *own, *own_square, *anchor_norm, *own_norms;
+  double unit;  // a product <u, v> of the tiles is off by at most unit |u| |v|
+};
+
+// One task's search for the nearest walls of its anchors. Walls that may be it wait, as in Search; `most`
+// bounds the square of the smallest distance, with the distance's sign.
+struct RadiusSearch {
+  double most[kSide];
+  Candidate* waiting;  // [room]
+  int64_t count, room;
 };
 
 // Adds the sums of other pairs.
@@ -112,20 +122,39 @@ void merge(PairSums* sums, const PairSums& other);
 
 // What an instruction set contributes. Tiles are [kSide j][kSide i]; the first rows are I and J.
 struct PairBody {
-  // squares[r] = |row r|^2 of `rows` rows.
-  void (*squares)(const double* vectors, int64_t rows, int64_t p, double* squares);
+  double (*dot)(const double* u, const double* v, int64_t p);
   void (*products)(const double* left, const double* right, int64_t p, double* tile);
   // Pairs i < j < C.
   void (*reduce_pairs)(const PairRows&, int64_t I, int64_t J, const double* tile, Search*, PairSums*);
   void (*settle)(const PairRows&, Search*);  // evaluates who waits, if still in question
   double (*reduce_residual)(const Residual&, int64_t I, int64_t J, const double* tile);
-  // `gram` holds <v_{classes[i]}, v_j>, `scores` <m_i, v_j>; radii[i] is lowered to the distance to each c =
-  // j.
-  void (*reduce_radius)(const RadiusRows&, int64_t I, int64_t J, const double* gram, const double* scores);
+  // `gram` holds <v_{classes[i]}, v_j>, `scores` <m_i, v_j>. There must be room for kSide^2 more to wait.
+  void (*reduce_radius)(const RadiusRows&, int64_t I, int64_t J, const double* gram, const double* scores,
+                        RadiusSearch*);
+  // radii[i] is lowered to the distance of who waits, if still in question.
+  void (*settle_radius)(const RadiusRows&, RadiusSearch*);
+};
+
+// How a scaled row was packed: what is missing, and the part that meets its like in no product, in norm.
+struct Packed {
+  double lost, low;
+};
+
+// Low-precision tiles of products of rows scaled to norm 1. A left and a right block of kSide rows differ in
+// layout.
+struct PairScreen {
+  size_t (*block)(int64_t p);  // bytes
+  // Packs a row times `scale` as row r of a block.
+  Packed (*pack_left)(const double* row, double scale, int64_t p, int r, char* block);
+  Packed (*pack_right)(const double* row, double scale, int64_t p, int r, char* block);
+  double (*depth)(int64_t p);  // of float32 additions that a product may pass through
+  void (*products)(const char* left, const char* right, int64_t p, float* tile);
 };
 
 const PairBody* pair_body_portable();
 const PairBody* pair_body_avx2();
 const PairBody* pair_body_avx512();
+constexpr int kScreenLevels = 2;
+const PairScreen* pair_screen_amx(int level);  // one bfloat16 per number, or two
 
 }  // namespace ncfast

@@ -59,10 +59,6 @@ struct PairVectors {
     return e * kHigh + (2.0 * s + (2.0 * s * z * series + e * kLow));
   }
 
-  static void squares(const double* vectors, int64_t rows, int64_t p, double* squares) {
-    for (int64_t r = 0; r < rows; r++, vectors += p) squares[r] = dot(vectors, vectors, p);
-  }
-
   static double dot(const double* u, const double* v, int64_t p) {
     V total = {};
     int64_t k = 0;
@@ -327,51 +323,64 @@ struct PairVectors {
     return lead / (most * std::sqrt(scaled));
   }
 
-  static void reduce_radius(const RadiusRows& rows, int64_t I, int64_t J, const double* gram,
-                            const double* scores) {
+  static double signed_square(double distance) { return distance * std::fabs(distance); }
+
+  static void settle_radius(const RadiusRows& rows, RadiusSearch* search) {
     const DecisionRadius& call = rows.call;
+    for (int64_t n = 0; n < search->count; n++) {
+      const auto& [i, c, least] = search->waiting[n];
+      double *radius = &call.radii[i], *most = &search->most[i % kSide];
+      if (least > *most) continue;
+      const double distance = wall(call, i, c);
+      if (distance < *radius || std::isnan(distance)) *radius = distance;
+      if (signed_square(distance) < *most) *most = signed_square(distance);
+    }
+    search->count = 0;
+  }
+
+  static void reduce_radius(const RadiusRows& rows, int64_t I, int64_t J, const double* gram,
+                            const double* scores, RadiusSearch* search) {
+    const DecisionRadius& call = rows.call;
+    // Of what is computed in float64 throughout: the leading score, and the sums below.
     const double error = 2 * (static_cast<double>(call.p) + 8) * kUnit;
     const int count = static_cast<int>(call.A - I < kSide ? call.A - I : kSide);
     const int columns = static_cast<int>(call.C - J < kSide ? call.C - J : kSide);
-    double best[kSide], best_square[kSide];  // the latter with the sign of the former
-    for (int i = 0; i < kSide; i++) {
-      best[i] = i < count ? call.radii[I + i] : -__builtin_inf();
-      best_square[i] = best[i] * std::fabs(best[i]);
-    }
     for (int j = 0; j < columns; j++) {
       const double bias = call.bias[J + j], square = rows.squares[J + j], norm = rows.norms[J + j];
+      alignas(64) double least[kSide];
       M open[kVectors], some = {};
       for (int i = 0; i < kSide; i += W) {
         const V own = load(rows.own + I + i), score = load(scores + j * kSide + i) + bias;
-        const V lead_error = error * (load(rows.own_norms + I + i) + load(rows.anchor_norm + I + i) * norm +
-                                      magnitude(own) + magnitude(score));
+        const V lead_error = error * (load(rows.own_norms + I + i) + magnitude(own) + magnitude(score)) +
+                             rows.unit * load(rows.anchor_norm + I + i) * norm;
         const V both = load(rows.own_square + I + i) + square;
-        const V d = both - 2.0 * load(gram + j * kSide + i), d_error = 2.0 * error * both;
-        const V least = own - score - lead_error;
+        const V d = both - 2.0 * load(gram + j * kSide + i), d_error = (error + rows.unit) * both;
+        const V low = own - score - lead_error, high = own - score + lead_error;
         // Divided first: the square of a lead may underflow.
-        const V least_square = magnitude(least) / (least < 0 ? d - d_error : d + d_error) * least;
+        const V low_square = magnitude(low) / (low < 0 ? d - d_error : d + d_error) * low;
+        const V high_square = magnitude(high) / (high < 0 ? d + d_error : d - d_error) * high;
         // What is NaN, and what underflows or overflows, stays open.
-        open[i / W] =
-            ~((d > 2.0 * d_error) & (d > 0x1p-900) & (d < 0x1p900) & (magnitude(least_square) > 0x1p-900) &
-              (magnitude(least_square) < 0x1p900) & (least_square > load(best_square + i)));
+        const M known = (d > 2.0 * d_error) & (d > 0x1p-800) & (d < 0x1p900) &
+                        (magnitude(low_square) > 0x1p-900) & (magnitude(low_square) < 0x1p900) &
+                        (magnitude(high_square) > 0x1p-900) & (magnitude(high_square) < 0x1p900);
+        const V most = load(search->most + i);
+        store(least + i, known ? low_square : V{} - __builtin_inf());
+        store(search->most + i, known & (high_square < most) ? high_square : most);
+        open[i / W] = ~(known & (low_square > most));
         some |= open[i / W];
       }
       if (!any(some)) continue;
       for (int i = 0; i < count; i++) {
-        if (!open[i / W][i % W] || call.classes[I + i] == J + j) continue;
-        const double distance = wall(call, I + i, J + j);
-        if (!(distance < best[i] || std::isnan(distance))) continue;
-        best[i] = distance;
-        best_square[i] = distance * std::fabs(distance);
+        if (open[i / W][i % W] && call.classes[I + i] != J + j)
+          search->waiting[search->count++] = {I + i, J + j, least[i]};
       }
     }
-    std::memcpy(call.radii + I, best, count * sizeof(double));
   }
 
   template <int A, int B>
   static const PairBody* body() {
-    static const PairBody table = {squares, products<A, B>,  reduce_pairs,
-                                   settle,  reduce_residual, reduce_radius};
+    static const PairBody table = {dot,           products<A, B>, reduce_pairs, settle, reduce_residual,
+                                   reduce_radius, settle_radius};
     return &table;
   }
 };
