@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import sys
 import warnings
@@ -272,19 +273,31 @@ class _Decisions:
         certificates: bool = True,
         nearest_center: bool = True,
     ) -> None:
-        self.present = (~means.isnan().any(1)).nonzero().squeeze(1)
-        anchors = means[self.present]
-        self.rules = [(weight, weight.new_zeros(len(weight)) if bias is None else bias)]
-        if nearest_center:
-            self.rules.append(center_rule(anchors))
-        self.means = means.nan_to_num()  # an absent class certifies nothing: its radius stays −∞
+        self.weight, self.means, self.nearest_center = weight, means, nearest_center
+        self.bias = weight.new_zeros(len(weight)) if bias is None else bias
+        self.present = (~means[:, 0].isnan()).nonzero().squeeze(1)
+        everyone = len(self.present) == len(means)
+        self.anchors = means if everyone else means[self.present]
+        # An absent class certifies nothing.
         self.radius = means.new_full((len(means),), -torch.inf)
         if certificates:
-            radii = decision_radius(*self.rules[0], anchors, self.present)
+            radii = decision_radius(weight, self.bias, self.anchors, self.present)
             if nearest_center:
-                radii = torch.minimum(radii, decision_radius(*self.rules[1], anchors))
-            slack = (means.shape[1] + 4) * 2.0**-52 * (anchors.norm(dim=1) + radii.abs())
+                centred = self.anchors - self.anchors.mean(0)  # a common offset would cost digits
+                half_distances = decision_radius(centred, -0.5 * centred.square().sum(1), centred)
+                radii = torch.minimum(radii, half_distances)
+            slack = (means.shape[1] + 4) * 2.0**-52 * (self.anchors.norm(dim=1) + radii.abs())
             self.radius[self.present] = torch.where(radii.isinf(), radii, radii - slack)
+
+    @functools.cached_property
+    def rules(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What decides the samples without a certificate."""
+        return [(self.weight, self.bias)] + [center_rule(self.anchors)] * self.nearest_center
+
+    @functools.cached_property
+    def centers(self) -> torch.Tensor:
+        """[C, p]: the means, zeros for an absent class."""
+        return self.means.nan_to_num()
 
     def count(
         self, features: torch.Tensor, labels: torch.Tensor, radii: torch.Tensor, gap: torch.Tensor
@@ -315,11 +328,11 @@ class _Decisions:
         if nonfinite == "skip":
             labels = torch.where(nonfinite_rows(features), ignore_index, labels)
         check_label_range(labels, len(self.means), ignore_index)
-        shift = self.means.to(shift_dtype(features.dtype))
+        shift = self.centers.to(shift_dtype(features.dtype))
         seen = class_scatter(features, labels, shift, scatter=False, radii=True, ignore_index=ignore_index)
         if features.device.type != "cpu" and not seen.sumsq.isfinite().all():
             raise_for_nonfinite(features, labels, ignore_index)
-        return self.count(features, labels, cast(torch.Tensor, seen.radii), (shift - self.means).norm(dim=1))
+        return self.count(features, labels, cast(torch.Tensor, seen.radii), (shift - self.centers).norm(dim=1))
 
 
 def _sampled_shift(
