@@ -284,7 +284,7 @@ class _Decisions:
             radii = decision_radius(weight, self.bias, self.anchors, self.present)
             if nearest_center:
                 centred = self.anchors - self.anchors.mean(0)  # a common offset would cost digits
-                half_distances = decision_radius(centred, -0.5 * centred.square().sum(1), centred)
+                half_distances = decision_radius(centred, -0.5 * centred.norm(dim=1).square(), centred)
                 radii = torch.minimum(radii, half_distances)
             slack = (means.shape[1] + 4) * 2.0**-52 * (self.anchors.norm(dim=1) + radii.abs())
             self.radius[self.present] = torch.where(radii.isinf(), radii, radii - slack)
