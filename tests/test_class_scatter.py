@@ -34,6 +34,8 @@ SHAPES = [  # N, p, C
     (1100, 193, 11),  # one above a tile of the multiply stage, and more than one block of rows
     (2100, 260, 2),  # a class longer than a block
     (20_000, 5, 3),  # more than one block of the streaming pass
+    (20_000, 95, 3),  # strips packed and multiplied in one stage, classes longer than a strip
+    (140_000, 65, 20),  # more than one block of those
 ]
 
 
@@ -185,7 +187,7 @@ def test_squares_that_overflow():
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-@pytest.mark.parametrize("shape", [(3000, 100, 7), (70_000, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3000, 100, 7), (70_000, 3, 2), (140_000, 65, 7)], ids=str)
 @pytest.mark.usefixtures("isa")
 def test_threads_do_not_change_a_bit(shape, precision):
     data = sample(*shape)

@@ -1,10 +1,12 @@
 #include "cpu/class_scatter.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #if defined(__linux__)
@@ -20,6 +22,9 @@ constexpr int64_t kChunk = 1 << 20;  // rows sorted at once: bounds the memory t
 constexpr int64_t kPackStrip = 64;   // rows
 constexpr int64_t kStreamStrip = 256;
 constexpr int64_t kStreamBlock = 64 * kStreamStrip;
+constexpr int64_t kFusedStrip = 2048;  // rows; no float32 sum is longer
+constexpr int64_t kFusedBlock = 64 * kFusedStrip;
+constexpr int64_t kFusedLeast = 8 * kFusedStrip;  // rows; with fewer some threads would have no strip
 constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread costs more than it saves
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -111,17 +116,26 @@ class Pass {
   void run() {
     const int64_t p = call_.p;
     const bool multiply = call_.scatter != nullptr;
+    const int64_t padded = round_up(p, body_.pad);
+    const bool fused = multiply && padded <= body_.fused_columns && call_.N >= kFusedLeast;
     const int64_t most = round_up(std::min(call_.N, kChunk), kGroup);
-    const int64_t block_rows = std::min(most, multiply ? body_.block_rows : kStreamBlock);
-    strip_ = multiply ? kPackStrip : kStreamStrip;
+    const int64_t block_rows = std::min(most, fused      ? kFusedBlock
+                                              : multiply ? body_.block_rows
+                                                         : kStreamBlock);
+    strip_ = fused ? kFusedStrip : multiply ? kPackStrip : kStreamStrip;
     Carry carry((block_rows + strip_ - 1) / strip_, p, multiply);
     std::vector<double> diagonal;
     std::unique_ptr<char, Free> data, scratch;
     if (multiply) {
-      panel_ = {p, round_up(p, body_.pad), 0, block_rows, call_.precision, nullptr};
-      data = allocate(body_.element(call_.precision) * panel_.padded * panel_.stride);
-      panel_.data = data.get();
+      const int64_t rows = fused ? body_.fused_rows : block_rows;
+      const size_t bytes = body_.element(call_.precision) * padded * rows;
+      data = allocate(bytes * (fused ? threads_ : 1));
       scratch = allocate(body_.scratch * threads_);
+      panels_.resize(fused ? threads_ : 1);
+      for (size_t i = 0; i < panels_.size(); i++) {
+        panels_[i] = {
+            p, padded, 0, rows, fused ? padded : body_.tile(padded), call_.precision, data.get() + i * bytes};
+      }
       for (int64_t j = 0; j < p; j++) diagonal.push_back(call_.scatter[j * p + j]);
     }
     for (int64_t first = 0; first < call_.N; first += kChunk) {
@@ -133,9 +147,13 @@ class Pass {
       for (int64_t start = 0; start < used; start += block_rows) {
         poll_();
         const int64_t end = std::min(used, start + block_rows);
-        pack(start, end, carry);
+        if (fused) {
+          pack_and_multiply(start, end, carry, scratch.get());
+        } else {
+          pack(start, end, carry);
+        }
         add_carries(start, end, carry, diagonal);
-        if (multiply) multiply_tiles(end - start, scratch.get());
+        if (multiply && !fused) multiply_tiles(end - start, scratch.get());
       }
     }
     if (!multiply) return;
@@ -163,10 +181,39 @@ class Pass {
 
   void pack(int64_t start, int64_t end, Carry& carry) {
     const int64_t strips = (end - start + strip_ - 1) / strip_;
-    panel_.rows = end - start;
+    Panel* panel = panels_.empty() ? nullptr : &panels_[0];
+    if (panel) panel->rows = end - start;
     parallel_for(threads_for((end - start) * call_.p), strips, [&](int64_t strip, int) {
       const int64_t from = start + strip * strip_;
-      pack_strip(start, from, std::min(end, from + strip_), end, strip, carry);
+      pack_strip(start, from, std::min(end, from + strip_), end, strip, carry,
+                 [&](const Group& group, int64_t row, double* column_squares, Real* squares) {
+                   if (panel) {
+                     body_.pack(group, row - start, *panel, column_squares, squares);
+                   } else {
+                     body_.stream(group, call_.p, squares);
+                   }
+                 });
+    });
+  }
+
+  void pack_and_multiply(int64_t start, int64_t end, Carry& carry, char* scratch) {
+    std::atomic<int64_t> turn{0};
+    parallel_for(threads_, (end - start + strip_ - 1) / strip_, [&](int64_t strip, int slot) {
+      const int64_t from = start + strip * strip_, to = std::min(end, from + strip_);
+      Panel& panel = panels_[slot];
+      char* sums = scratch + slot * body_.scratch;
+      pack_strip(start, from, to, end, strip, carry,
+                 [&](const Group& group, int64_t row, double* column_squares, Real* squares) {
+                   const int64_t filled = (row - from) % panel.stride, after = row + group.rows;
+                   body_.pack(group, filled, panel, column_squares, squares);
+                   panel.rows = filled + group.rows;
+                   if (panel.rows == panel.stride || after == to)
+                     body_.accumulate(panel, after - panel.rows == from, sums);
+                 });
+      // Strips are handed out in order, so whoever is waited for is at work.
+      while (turn.load(std::memory_order_acquire) != strip) std::this_thread::yield();
+      body_.flush(panel, call_.scatter, sums);
+      turn.store(strip + 1, std::memory_order_release);
     });
   }
 
@@ -175,7 +222,10 @@ class Pass {
     return from > start && label_of(from) == label_of(from - 1);
   }
 
-  void pack_strip(int64_t start, int64_t from, int64_t to, int64_t end, int64_t strip, Carry& carry) {
+  // run(group, row, column_squares, squares) for the strip's groups.
+  template <class Run>
+  void pack_strip(int64_t start, int64_t from, int64_t to, int64_t end, int64_t strip, Carry& carry,
+                  const Run& run) {
     const int64_t p = call_.p;
     const int32_t carried_class = carried(start, from) ? label_of(from) : -1;
     double* carried_sums = &carry.sums[strip * p];
@@ -196,11 +246,7 @@ class Pass {
         group.last[i] = i + 1 == group.rows || label_of(row + i + 1) != c;
       }
       Real squares[kGroup];
-      if (column_squares) {
-        body_.pack(group, row - start, panel_, column_squares, squares);
-      } else {
-        body_.stream(group, p, squares);
-      }
+      run(group, row, column_squares, squares);
       for (int i = 0; i < group.rows; i++) {
         const int32_t c = label_of(row + i);
         const double square = checked(squares[i]);
@@ -234,14 +280,15 @@ class Pass {
   }
 
   void multiply_tiles(int64_t rows, char* scratch) {
-    const int64_t side = body_.tile(panel_.padded), tiles = (panel_.padded + side - 1) / side;
+    const Panel& panel = panels_[0];
+    const int64_t side = panel.tile, tiles = (panel.padded + side - 1) / side;
     // The tiles below the diagonal cost most: those on it come last, so that threads finish together.
     std::vector<std::pair<int64_t, int64_t>> pairs;
     for (int64_t apart = tiles - 1; apart >= 0; apart--) {
       for (int64_t I = 0; I + apart < tiles; I++) pairs.emplace_back(I * side, (I + apart) * side);
     }
     parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(pairs.size()), [&](int64_t i, int slot) {
-      body_.multiply(panel_, pairs[i].first, pairs[i].second, call_.scatter, scratch + slot * body_.scratch);
+      body_.multiply(panel, pairs[i].first, pairs[i].second, call_.scatter, scratch + slot * body_.scratch);
     });
   }
 
@@ -265,7 +312,7 @@ class Pass {
   const std::function<void()>& poll_;
   int64_t chunk_ = 0, strip_ = 0;
   Order order_;
-  Panel panel_{};
+  std::vector<Panel> panels_;  // one, or one per thread, or none to stream
 };
 
 const ScatterBody& scatter_body(const ClassScatter& call, Isa isa) {

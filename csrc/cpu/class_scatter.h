@@ -9,6 +9,10 @@
 //         group   up to 32 rows, one call of a body
 //     tile      one task of the multiply stage: a square of the upper triangle of the scatter
 //
+// Where the whole scatter is no more than a tile the two stages are one: each task packs a strip into a panel
+// of its own, a few rows at a time, multiplies those while they are in the cache, and adds its tile to the
+// scatter when it is its turn.
+//
 // Every boundary depends on the shapes alone, and what two tasks contribute to the same number is added in
 // the order of the tasks: results are bitwise the same for any number of threads.
 #pragma once
@@ -74,6 +78,7 @@ struct Panel {
   int64_t padded;  // columns, rounded up to ScatterBody::pad; those from p on hold zeros
   int64_t rows;    // rows filled
   int64_t stride;  // rows it has room for, a multiple of kGroup
+  int64_t tile;    // side of the squares into which the multiply stage cuts the scatter
   Precision precision;
   char* data;  // aligned to a page
 };
@@ -81,11 +86,12 @@ struct Panel {
 // What an instruction set contributes. `squares` is float64 [kGroup] for float64 features, else float32.
 struct ScatterBody {
   int64_t pad;
-  int64_t block_rows;            // multiple of kGroup
-  size_t scratch;                // bytes per thread
-  size_t (*element)(Precision);  // bytes of panel per residual
-  // Multiple of pad: side of the squares into which the multiply stage cuts the scatter.
-  int64_t (*tile)(int64_t padded);
+  int64_t block_rows;               // multiple of kGroup
+  size_t scratch;                   // bytes per thread
+  size_t (*element)(Precision);     // bytes of panel per residual
+  int64_t (*tile)(int64_t padded);  // multiple of pad
+  int64_t fused_columns;            // up to so many, padded, the two stages are one
+  int64_t fused_rows;               // multiple of kGroup: those multiplied at a time
 
   // sums += residuals, squares[i] = |residual i|^2. The group starts at row `row` of the block.
   void (*stream)(const Group&, int64_t p, void* squares);
@@ -94,6 +100,10 @@ struct ScatterBody {
   // scatter [p, p] += the products of panel columns [I, I + tile) and [J, J + tile), I <= J. May write
   // below the diagonal within the tile.
   void (*multiply)(const Panel&, int64_t I, int64_t J, double* scatter, char* scratch);
+  // The same in two steps, for panels of one tile: its sums in scratch, begun anew or continued; and those
+  // added.
+  void (*accumulate)(const Panel&, bool anew, char* scratch);
+  void (*flush)(const Panel&, double* scatter, char* scratch);
 };
 
 // To be called only where the instruction set is available. AMX multiplies bfloat16: "highest" and float64

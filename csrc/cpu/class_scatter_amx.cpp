@@ -88,12 +88,13 @@ void store_transposed(const __m512i line[kSide], char* out) {
 }
 
 // Fetches the rows of the following group into the second-level cache, one whole row after the other: pages
-// and the processor's own prefetchers prefer that to a line of each row in turn. The pack stage needs as much
-// time for kGroup lines as for one call of advance().
+// and the processor's own prefetchers prefer that to a line of each row in turn. Long rows are better left to
+// those alone: they need no fill buffer of the first-level cache. The pack stage needs as much time for
+// kGroup lines as for one call of advance().
 class Prefetcher {
  public:
   Prefetcher(const Group& group, int64_t row_bytes)
-      : next_(group.next), row_bytes_(row_bytes), rows_(group.rows) {}
+      : next_(group.next), row_bytes_(row_bytes), rows_(row_bytes < kLong ? group.rows : 0) {}
 
   void advance() {
     for (int lines = kGroup; lines > 0 && row_ < rows_;) {
@@ -106,6 +107,8 @@ class Prefetcher {
   }
 
  private:
+  static constexpr int64_t kLong = 2048;
+
   const char* const* next_;
   int64_t row_bytes_, byte_ = 0;
   int rows_, row_ = 0;
@@ -267,9 +270,49 @@ void register_tile(const char* left, const char* right, int64_t stride, int64_t 
 
 constexpr int64_t kMostTile = 512;
 constexpr int64_t kSteps = 4;
+constexpr int64_t kFusedRows = 128;
 
 // The larger the tile the less of the panel is read again, and the fewer tasks there are for the threads.
 int64_t tile(int64_t padded) { return padded >= 4 * kMostTile ? kMostTile : kMostTile / 2; }
+
+// visit(j, i, floats) for the register tiles of a tile, and where in scratch their sums are.
+template <class Visit>
+void for_register_tiles(const Panel& panel, int64_t I, int64_t J, char* scratch, const Visit& visit) {
+  const int64_t rows_end = I + panel.tile < panel.padded ? I + panel.tile : panel.padded;
+  const int64_t columns_end = J + panel.tile < panel.padded ? J + panel.tile : panel.padded;
+  for (int64_t j = I; j < rows_end; j += kPair) {
+    for (int64_t i = I == J ? j : J; i < columns_end; i += kPair, scratch += kPair * kLine)
+      visit(j, i, scratch);
+  }
+}
+
+// scratch += the products of `count` times 32 rows from step `step`; with a scatter, scratch is added to that
+// in the end.
+void add_products(const Panel& panel, int64_t I, int64_t J, int64_t step, int64_t count, bool anew,
+                  double* scatter, char* scratch) {
+  const auto register_tile_of =
+      panel.precision == Precision::high ? register_tile<true> : register_tile<false>;
+  const int64_t bytes = kTileBytes * parts(panel.precision);
+  const int64_t side = panel.padded / kSide * bytes;
+  const char* row = panel.data + step * 2 * side;
+  for_register_tiles(panel, I, J, scratch, [&](int64_t j, int64_t i, char* floats) {
+    const Destination destination(panel, i, j, scatter);
+    if (anew) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      load_accumulators(floats);
+    }
+    register_tile_of(row + j / kSide * bytes, row + side + i / kSide * bytes, 2 * side, count,
+                     scatter ? &destination : nullptr);
+    store_accumulators(floats);
+    if (scatter) destination.add(floats);
+  });
+}
+
+int64_t steps_of(const Panel& panel) { return (panel.rows + kGroup - 1) / kGroup; }
 
 // The rows are taken kSteps tile products at a time, so that the panel's columns of one tile of the scatter,
 // both factors, stay in the second-level cache beside its float32 sums (scratch). Those go to the float64
@@ -277,44 +320,34 @@ int64_t tile(int64_t padded) { return padded >= 4 * kMostTile ? kMostTile : kMos
 void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* scratch) {
   const TileConfiguration configuration;
   _tile_loadconfig(&configuration);
-  const auto register_tile_of =
-      panel.precision == Precision::high ? register_tile<true> : register_tile<false>;
-  const int64_t bytes = kTileBytes * parts(panel.precision);
-  const int64_t side = panel.padded / kSide * bytes, steps = (panel.rows + kGroup - 1) / kGroup;
-  const int64_t length = tile(panel.padded);
-  const int64_t rows_end = I + length < panel.padded ? I + length : panel.padded;
-  const int64_t columns_end = J + length < panel.padded ? J + length : panel.padded;
+  const int64_t steps = steps_of(panel);
   for (int64_t step = 0; step < steps; step += kSteps) {
-    const bool first = step == 0, last = step + kSteps >= steps;
-    const int64_t count = last ? steps - step : kSteps;
-    char* floats = scratch;
-    for (int64_t j = I; j < rows_end; j += kPair) {
-      for (int64_t i = I == J ? j : J; i < columns_end; i += kPair, floats += kPair * kLine) {
-        const Destination destination(panel, i, j, scatter);
-        if (first) {
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
-        } else {
-          load_accumulators(floats);
-        }
-        const char* row = panel.data + step * 2 * side;
-        register_tile_of(row + j / kSide * bytes, row + side + i / kSide * bytes, 2 * side, count,
-                         last ? &destination : nullptr);
-        store_accumulators(floats);
-        if (last) destination.add(floats);
-      }
-    }
+    const bool last = step + kSteps >= steps;
+    add_products(panel, I, J, step, last ? steps - step : kSteps, step == 0, last ? scatter : nullptr,
+                 scratch);
   }
   _tile_release();
 }
 
+void accumulate(const Panel& panel, bool anew, char* scratch) {
+  const TileConfiguration configuration;
+  _tile_loadconfig(&configuration);
+  add_products(panel, 0, 0, 0, steps_of(panel), anew, nullptr, scratch);
+  _tile_release();
+}
+
+void flush(const Panel& panel, double* scatter, char* scratch) {
+  for_register_tiles(panel, 0, 0, scratch, [&](int64_t j, int64_t i, char* floats) {
+    Destination(panel, i, j, scatter).add(floats);
+  });
+}
+
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
-  static const ScatterBody table = {kPair,         2048,    kMostTile * kMostTile * 4,
-                                    element,       tile,    scatter_body_avx512(dtype)->stream,
-                                    pack<Feature>, multiply};
+  static const ScatterBody table = {
+      kPair,      2048,       kMostTile * kMostTile * 4,          element,       tile,
+      kMostTile,  kFusedRows, scatter_body_avx512(dtype)->stream, pack<Feature>, multiply,
+      accumulate, flush};
   return &table;
 }
 

@@ -210,8 +210,8 @@ struct VectorBody {
 
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t block_rows) {
-    static const ScatterBody table = {A * W,      block_rows, 0,    element,
-                                      tile<Tile>, stream,     pack, multiply<A, B, Tile>};
+    static const ScatterBody table = {A * W, block_rows,           0,       element, tile<Tile>, 0, 0, stream,
+                                      pack,  multiply<A, B, Tile>, nullptr, nullptr};
     return &table;
   }
 };
