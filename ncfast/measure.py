@@ -332,7 +332,9 @@ class _Decisions:
         seen = class_scatter(features, labels, shift, scatter=False, radii=True, ignore_index=ignore_index)
         if features.device.type != "cpu" and not seen.sumsq.isfinite().all():
             raise_for_nonfinite(features, labels, ignore_index)
-        return self.count(features, labels, cast(torch.Tensor, seen.radii), (shift - self.centers).norm(dim=1))
+        return self.count(
+            features, labels, cast(torch.Tensor, seen.radii), (shift - self.centers).norm(dim=1)
+        )
 
 
 def _sampled_shift(
