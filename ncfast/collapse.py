@@ -148,9 +148,10 @@ def collapse(
     if len(means) > 1 and weight is not None:
         rows = weight.detach()[present].double()
         numbers |= _frame_numbers(rows, pair_geometry(rows), "classifier")
-        numbers["nc3_self_duality"] = (rows / rows.norm() - centred / centred.norm()).square().sum()
+        numbers["nc3_self_duality"] = torch.dist(rows / rows.norm(), centred / centred.norm()).square()
         numbers["etf_error_product"] = etf_error(rows, centred)
-        numbers["unc3"] = _variation(torch.cosine_similarity(rows, centred, dim=1, eps=0.0))
+        products = (rows * centred).sum(1)
+        numbers["unc3"] = _variation(products / rows.norm(dim=1) / centred.norm(dim=1))
     values = torch.stack(list(numbers.values())).tolist()  # the one synchronisation
     measurable = {name: value for name, value in zip(numbers, values, strict=True) if math.isfinite(value)}
     return CollapseReport(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ncfast.collapse import CollapseReport, check_classifier, check_global_mean, collapse
+from ncfast.ops import dispatch
 from ncfast.ops.affine_argmax import affine_argmax, center_rule
 from ncfast.ops.class_scatter import (
     check_features,
@@ -30,10 +31,10 @@ from ncfast.statistics import ClassStatistics
 Array = torch.Tensor | np.ndarray
 T = TypeVar("T")
 
-_CHUNK = 1 << 26  # elements of the features handled at once: bounds what the float64 reference holds
+_CHUNK = 1 << 28  # elements of the features handled at once
+_REFERENCE_CHUNK = 1 << 26  # the same where float64 copies of them are held
 # Rows per class behind the shift: its distance from the mean, and what it adds to the radii, is then σ/4.
 _SHIFT_ROWS = 16
-_SAMPLE_CHUNK = 1 << 22  # elements gathered at once: their memory is used again for the next
 
 
 def measure(
@@ -340,19 +341,27 @@ class _Decisions:
 def _sampled_shift(
     features: torch.Tensor, labels: torch.Tensor, num_classes: int, ignore_index: int
 ) -> torch.Tensor:
-    """[C, p]: the mean of the first rows of every class, NaN where no finite one is among them."""
+    """[C, p]: the mean of the first rows of every class, NaN where one is not finite, or none is there."""
     kept = (labels != ignore_index).nonzero().squeeze(1)
     order = kept[labels[kept].argsort(stable=True)]
+    dtype = shift_dtype(features.dtype)
+    if len(order) == 0:
+        return features.new_full((num_classes, features.shape[1]), torch.nan, dtype=dtype)
     y = labels[order]
     starts = torch.searchsorted(y, torch.arange(num_classes, device=y.device))
     rank = torch.arange(len(y), device=y.device) - starts[y]
     rows = order[rank < _SHIFT_ROWS]
-    sample = ClassStatistics(
-        num_classes, features.shape[1], scatter=False, nonfinite="skip", device=features.device
-    )
-    for chunk in rows.split(max(1, _SAMPLE_CHUNK // features.shape[1])):
-        sample.update(features[chunk], labels[chunk])
-    return sample.means.to(shift_dtype(features.dtype))
+    sampled = torch.full_like(labels, ignore_index)
+    sampled[rows] = labels[rows]
+    first = features[order[starts.clamp(max=len(y) - 1)]].to(dtype)
+    run = dispatch.select("class_scatter", features, scatter=False)
+    counts, sums = y.new_zeros(num_classes), first.new_zeros(first.shape, dtype=torch.float64)
+    for chunk in _chunks(features):
+        seen = run(features[chunk], sampled[chunk], first, scatter=False, ignore_index=ignore_index)
+        counts += seen.counts
+        sums += seen.sums
+    means = first + sums / counts[:, None]
+    return means.masked_fill_(~means.isfinite().all(1, keepdim=True), torch.nan).to(dtype)
 
 
 def _labelled(
@@ -394,9 +403,10 @@ def _inferred_classes(labels: torch.Tensor, ignore_index: int) -> int:
     return num_classes
 
 
-def _chunks(features: torch.Tensor, progress: bool, title: str) -> Iterable[slice]:
+def _chunks(features: torch.Tensor, progress: bool = False, title: str = "") -> Iterable[slice]:
     """Slices of rows that together cover the features; at least one."""
-    size = max(1, (_CHUNK >> 4 if progress else _CHUNK) // features.shape[1])
+    elements = _REFERENCE_CHUNK if dispatch.pick("class_scatter", features) == "reference" else _CHUNK
+    size = max(1, (_REFERENCE_CHUNK >> 4 if progress else elements) // features.shape[1])
     starts = range(0, max(1, len(features)), size)
     return progress_bar([slice(start, start + size) for start in starts], progress, title)
 

@@ -169,9 +169,11 @@ class ClassStatistics:
         if radii:
             distances = features.new_empty(features.shape[0], dtype=shift_dtype(features.dtype))
         state = ClassScatter(self.counts, self.sums, self.sumsq, self._scatter, distances)
-        accumulate(state, features, labels, shift, precision=self.precision, ignore_index=self.ignore_index)
+        whole = accumulate(
+            state, features, labels, shift, precision=self.precision, ignore_index=self.ignore_index
+        )
         self.shift = shift
-        self._upper_only = True
+        self._upper_only |= not whole
         if skipped is not None:
             self._skipped += skipped
         if refused is not None:
@@ -337,7 +339,7 @@ class ClassStatistics:
         """[C, p] float64: μ_c = k_c + Σ(h − k_c)/n_c, a row of NaN for a class without samples."""
         self._raise_refused()
         absent = (self.counts == 0)[:, None]
-        return (self.shift.double() + self.sums / self.counts[:, None]).masked_fill(absent, torch.nan)
+        return torch.addcdiv(self.shift.double(), self.sums, self.counts[:, None]).masked_fill_(absent, torch.nan)
 
     @property
     def global_mean(self) -> torch.Tensor:

@@ -57,14 +57,20 @@ def select(
 
     `function` names a further function of the same room; by default it is the one named after the operation.
     """
+    backend = pick(operation, features, **options)
+    calls = _recording.get()
+    if calls is not None:
+        calls.append((operation, backend))
+    return getattr(_module(operation, backend), function or operation)
+
+
+def pick(operation: str, features: torch.Tensor, **options: Any) -> str:
+    """Return the name of the backend that `select` would pick."""
     forced = forced_backend()
     for backend in (forced,) if forced else BACKENDS:
         reason = refusal(operation, backend, features, **options)
         if reason is None:
-            calls = _recording.get()
-            if calls is not None:
-                calls.append((operation, backend))
-            return getattr(_module(operation, backend), function or operation)
+            return backend
         if forced:
             raise RuntimeError(f"backend {backend!r} was forced but cannot run {operation}: {reason}")
     raise AssertionError("the reference never refuses")

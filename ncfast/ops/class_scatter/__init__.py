@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -174,12 +174,13 @@ def accumulate(
     *,
     precision: str = "high",
     ignore_index: int = -100,
-) -> None:
+) -> bool:
     """Add a checked batch to `state` in place; a class whose shift begins with a NaN gets its first feature.
 
     What raises leaves `state` and `shift` bit for bit as they were, `state.radii` apart: it belongs to the
-    batch and is overwritten. `state.scatter` need hold, and afterwards holds, no more than the diagonal and
-    what is above it. int64 or int32 labels, a contiguous `shift` of dtype `shift_dtype(features.dtype)`.
+    batch and is overwritten. `state.scatter` need hold no more than the diagonal and what is above it;
+    returned is whether the batch was added below it, too. int64 or int32 labels, a contiguous `shift` of
+    dtype `shift_dtype(features.dtype)`.
 
     Raises:
         ValueError: on the CPU, as `class_scatter` does for labels and features.
@@ -189,9 +190,11 @@ def accumulate(
     in_place = getattr(sys.modules[backend.__module__], "accumulate", None)
     # The first batch chooses most shifts: it goes where a bad choice can be mended.
     if in_place is not None and state.counts.any():
-        in_place(state, features, labels, shift, precision=precision, ignore_index=ignore_index)
-    else:
-        accumulate_by_adding(backend, state, features, labels, shift, precision, ignore_index)
+        return cast(
+            bool, in_place(state, features, labels, shift, precision=precision, ignore_index=ignore_index)
+        )
+    accumulate_by_adding(backend, state, features, labels, shift, precision, ignore_index)
+    return True
 
 
 def accumulate_by_adding(

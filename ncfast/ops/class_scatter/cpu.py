@@ -48,17 +48,18 @@ def accumulate(
     *,
     precision: str = "high",
     ignore_index: int = -100,
-) -> None:
+) -> bool:
     """Add a batch to `state` in place; see `ncfast.ops.class_scatter.accumulate`."""
     if features.shape[0] > 2 * max(shift.shape):
         # Temporaries the size of the state now cost less than reading the features twice.
         accumulate_by_adding(class_scatter, state, features, labels, shift, precision, ignore_index)
-        return
+        return True
     refusal = _run(state, features, labels, shift, precision, ignore_index, update=True)
     if refusal == "label":
         check_label_range(labels, shift.shape[0], ignore_index)
     if refusal == "nonfinite":
         raise_for_nonfinite(features, labels, ignore_index)
+    return False
 
 
 def _run(
