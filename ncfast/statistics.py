@@ -339,7 +339,8 @@ class ClassStatistics:
         """[C, p] float64: μ_c = k_c + Σ(h − k_c)/n_c, a row of NaN for a class without samples."""
         self._raise_refused()
         absent = (self.counts == 0)[:, None]
-        return torch.addcdiv(self.shift.double(), self.sums, self.counts[:, None]).masked_fill_(absent, torch.nan)
+        means = torch.addcdiv(self.shift.double(), self.sums, self.counts[:, None])
+        return means.masked_fill_(absent, torch.nan)
 
     @property
     def global_mean(self) -> torch.Tensor:

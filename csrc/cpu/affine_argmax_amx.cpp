@@ -147,12 +147,33 @@ struct TileArgmax {
     return std::sqrt(static_cast<double>(_mm512_reduce_add_ps(squares))) * (1 + (p + 256) * 0x1p-27);
   }
 
-  static size_t scratch(int64_t rows) { return rows * sizeof(Lanes) + kSide * kSide * sizeof(float); }
+  static size_t scratch(int64_t rows) { return rows * sizeof(Lanes) + 2 * kSide * kSide * sizeof(float); }
+
+  // Scores of 32 rows x 32 classes, and the rows' best so far. They are reduced while the next ones are
+  // multiplied: that keeps the tile unit busy and leaves the vector units idle.
+  struct Scores {
+    const float* scores;
+    Lanes* lanes;
+    Vec<int32_t, 16> index;
+
+    void reduce(int64_t first, int64_t end) const {
+      for (int64_t r = first; r < end; r++) {
+        Lanes row = lanes[r];
+        for (int half = 0; half < 2; half++) {
+          Vec<float, 16> score;
+          std::memcpy(&score, scores + r * kSide + half * 16, sizeof score);
+          Float::update(row, score, index + 16 * half);
+        }
+        lanes[r] = row;
+      }
+    }
+  };
 
   template <int Level>
-  static void accumulate(const char* a, const char* b, int64_t steps) {
+  static void accumulate(const char* a, const char* b, int64_t steps, const Scores* before) {
     const int64_t next = steps * (Level + 1) * kTile;  // the tile 16 rows, or classes, further on
     for (int64_t step = 0; step < steps; step++, a += (Level + 1) * kTile, b += (Level + 1) * kTile) {
+      if (before) before->reduce(step * kSide / steps, (step + 1) * kSide / steps);
       _tile_loadd(4, a, 64);
       _tile_loadd(5, a + next, 64);
       _tile_loadd(6, b, 64);
@@ -181,7 +202,7 @@ struct TileArgmax {
   static void score(const char* block, int64_t rows, const char* panel, const float* bias, int64_t classes,
                     int64_t p, int level, char* scratch, TopTwo* top) {
     Lanes* lanes = reinterpret_cast<Lanes*>(scratch);
-    float* scores = reinterpret_cast<float*>(scratch + rows * sizeof(Lanes));
+    float *const both = reinterpret_cast<float*>(scratch + rows * sizeof(Lanes)), *scores = both;
     const Vec<float, 16> nothing = Vec<float, 16>{} - __builtin_inff();
     for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, Vec<int32_t, 16>{}};
     const int64_t steps = columns(p) / 32, bytes = steps * (level + 1) * kTile;
@@ -189,8 +210,8 @@ struct TileArgmax {
     for (int i = 0; i < 16; i++) lane[i] = i;
     const TileConfig config;
     _tile_loadconfig(&config);
+    Scores before = {nullptr, nullptr, lane};
     for (int64_t c = 0; c < classes; c += kSide) {
-      const auto index = lane + static_cast<int32_t>(c);
       for (int64_t i = 0; i < rows; i += kSide) {
         // A stride of 0 fills all 16 rows of a tile with the biases of its classes.
         _tile_loadd(0, bias + c, 0);
@@ -198,26 +219,21 @@ struct TileArgmax {
         _tile_loadd(2, bias + c, 0);
         _tile_loadd(3, bias + c + 16, 0);
         const char *a = block + i / 16 * bytes, *b = panel + c / 16 * bytes;
+        const Scores* pending = before.scores ? &before : nullptr;
         if (level) {
-          accumulate<1>(a, b, steps);
+          accumulate<1>(a, b, steps, pending);
         } else {
-          accumulate<0>(a, b, steps);
+          accumulate<0>(a, b, steps, pending);
         }
         _tile_stored(0, scores, kSide * sizeof(float));
         _tile_stored(1, scores + 16, kSide * sizeof(float));
         _tile_stored(2, scores + 16 * kSide, kSide * sizeof(float));
         _tile_stored(3, scores + 16 * kSide + 16, kSide * sizeof(float));
-        for (int r = 0; r < kSide; r++) {
-          Lanes row = lanes[i + r];
-          for (int half = 0; half < 2; half++) {
-            Vec<float, 16> score;
-            std::memcpy(&score, scores + r * kSide + half * 16, sizeof score);
-            Float::update(row, score, index + 16 * half);
-          }
-          lanes[i + r] = row;
-        }
+        before = {scores, lanes + i, lane + static_cast<int32_t>(c)};
+        scores = scores == both ? both + kSide * kSide : both;
       }
     }
+    before.reduce(0, kSide);
     _tile_release();
     for (int64_t i = 0; i < rows; i++) top[i] = Float::reduce(lanes[i]);
   }
