@@ -106,8 +106,8 @@ def collapse(
 ) -> CollapseReport:
     """Compute NC1–NC3 and their kin from accumulated statistics.
 
-    NC4 needs the features again: see `measure` and `measure_model`. NC1 comes from a symmetric eigenproblem
-    of size min(C, p) in float64, never from a p×p pseudo-inverse.
+    NC4 needs the features again: see `measure` and `measure_model`. NC1 comes from the [C, C] Gram matrix of the
+    means, or where C > p from a symmetric eigenproblem of size p, in float64, never from a p×p pseudo-inverse.
 
     Args:
         stats: at least one sample; without its scatter NC1 is None.
@@ -132,7 +132,8 @@ def collapse(
         raise ValueError("the statistics hold no samples")
     present = stats.present
     means = stats.means[present]  # [C, p]
-    centred = means - (stats.global_mean if global_mean == "samples" else weighted_mean(means))
+    weights = stats.counts[present] if global_mean == "samples" else torch.ones_like(stats.counts[present])
+    centred = means - weighted_mean(means, weights)
     within, between = stats.trace_within, centred.square().sum() / len(means)
     # Below what rounding leaves of means that coincide: of float32 residuals, and of float64 means.
     if between <= 2.0**-44 * within + (2.0**-48 * means.norm(dim=1).max()) ** 2:
@@ -144,7 +145,7 @@ def collapse(
         numbers["cdnv"] = cast(torch.Tensor, geometry.cdnv)
         numbers["gnc2"] = geometry.log_kernel_std / geometry.log_kernel_mean.abs()
         if stats.scatter is not None:
-            numbers["nc1"] = _nc1(stats, centred)
+            numbers["nc1"] = _nc1(stats, centred, weights)
     if len(means) > 1 and weight is not None:
         rows = weight.detach()[present].double()
         numbers |= _frame_numbers(rows, pair_geometry(rows), "classifier")
@@ -190,13 +191,25 @@ def check_classifier(
             raise ValueError(f"{name} holds a NaN or an infinity")
 
 
-def _nc1(stats: ClassStatistics, centred: torch.Tensor) -> torch.Tensor:
-    """Tr(Σ_W Σ_B†)/C = Σ_k v_kᵀ Σ_W v_k / λ_k / C over the eigenpairs (λ_k, v_k) of Σ_B with λ_k > 0."""
+def _nc1(stats: ClassStatistics, centred: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Tr(Σ_W Σ_B†)/C, where Σ weights_c · centred_c = 0.
+
+    By solving with the Gram matrix of the means where it has rank C − 1 and a condition that leaves 8 digits, else
+    by an eigenproblem of size min(C, p).
+    """
     C, p = centred.shape
     frame = centred / math.sqrt(C)  # Σ_B = frameᵀ frame
     if p >= C:
-        # The [C, C] Gram matrix has the same eigenvalues; its eigenvectors u give v = frameᵀ u / √λ.
-        values, vectors = torch.linalg.eigh(frame @ frame.T)
+        # G = frame frameᵀ, G w = 0 and Y = G† frame give Σ_B† = Yᵀ Y, and 1/λ_min ≤ Tr G† = ‖Y‖².
+        gram = frame @ frame.T
+        w = weights.double() / weights.double().norm()
+        factor, failed = torch.linalg.cholesky_ex(gram + gram.trace() / C * torch.outer(w, w))
+        solution = torch.cholesky_solve(frame, factor)  # Y [C, p]
+        if failed == 0 and solution.square().sum() * gram.norm() < 2.0**26:
+            return stats.within_quadratic(solution.T).sum() / C
+        # Σ_k v_kᵀ Σ_W v_k / λ_k over the eigenpairs (λ_k, v_k) of Σ_B; the eigenvectors u of G give
+        # v = frameᵀ u / √λ.
+        values, vectors = torch.linalg.eigh(gram)
         vectors = frame.T @ (vectors / values.clamp(min=0.0).sqrt())
     else:
         values, vectors = torch.linalg.eigh(frame.T @ frame)
