@@ -91,6 +91,8 @@ class ClassStatistics:
         """[C] float64: Σ‖h − k_c‖²."""
         self._scatter = zeros.new_zeros(dim, dim) if scatter else None
         self._upper_only = False  # what is below the diagonal of _scatter is out of date
+        # The samples there were when shifts were last looked at, and the rows since: to look again at as many.
+        self._rows_then = self._rows_since = 0
         # Rows left out by nonfinite="skip"; and, on a GPU, rows to complain about at the next
         # synchronisation.
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -123,15 +125,12 @@ class ClassStatistics:
                 row.
 
         """
-        doublings = self._doublings()
         self._add(features, labels, radii=False)
-        if self._doublings() != doublings:
+        self._rows_since += len(features)
+        if not self._defers and self._rows_since >= self._rows_then:
             self._recentre()
+            self._rows_then, self._rows_since = int(self.counts.sum()), 0
         return self
-
-    def _doublings(self) -> int:
-        """How often the number of samples has doubled; 0 on a GPU, where it is not known on the host."""
-        return 0 if self._defers else int(self.counts.sum()).bit_length()
 
     def _recentre(self) -> None:
         """Move far shifts to their class's mean.

@@ -7,6 +7,7 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -20,6 +21,7 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 20;  // rows sorted at once: bounds the memory that grows with N
 constexpr int64_t kPackStrip = 64;   // rows
+constexpr int64_t kPage = 4096;
 constexpr int64_t kStreamStrip = 256;
 constexpr int64_t kStreamBlock = 64 * kStreamStrip;
 constexpr int64_t kFusedStrip = 2048;  // rows; no float32 sum is longer
@@ -30,12 +32,25 @@ constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread c
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+  size_t bytes = 0;
+  void operator()(char* memory) const { std::free(memory); }
 };
+using Memory = std::unique_ptr<char, Free>;
 
-// Large buffers on huge pages where the system lets us: a panel has more small ones than the processor keeps
+// A small one is kept for the thread's next call: for a batch of 128 rows fresh pages took longer than the
+// products.
+thread_local Memory kept;
+
+void keep(Memory memory) {
+  constexpr size_t kMost = 4 << 20;
+  const size_t bytes = memory.get_deleter().bytes;
+  if (bytes <= kMost && (!kept || kept.get_deleter().bytes < bytes)) kept = std::move(memory);
+}
+
+// Large ones are on huge pages where the system lets us: a panel has more small ones than the processor keeps
 // translations of.
-std::unique_ptr<char, Free> allocate(size_t bytes) {
+Memory allocate(size_t bytes) {
+  if (kept && kept.get_deleter().bytes >= bytes) return std::move(kept);
   constexpr size_t kSmallPage = 1 << 12, kHugePage = 1 << 21;
   const bool huge = bytes >= 2 * kHugePage;
   void* memory = nullptr;
@@ -44,7 +59,7 @@ std::unique_ptr<char, Free> allocate(size_t bytes) {
 #if defined(__linux__)
   if (huge) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
-  return std::unique_ptr<char, Free>(static_cast<char*>(memory));
+  return Memory(static_cast<char*>(memory), Free{bytes});
 }
 
 int64_t label_at(const ClassScatter& call, int64_t i) {
@@ -125,17 +140,17 @@ class Pass {
     strip_ = fused ? kFusedStrip : multiply ? kPackStrip : kStreamStrip;
     Carry carry((block_rows + strip_ - 1) / strip_, p, multiply);
     std::vector<double> diagonal;
-    std::unique_ptr<char, Free> data, scratch;
+    Memory memory;
     if (multiply) {
-      const int64_t rows = fused ? body_.fused_rows : block_rows;
-      const size_t bytes = body_.element(call_.precision) * padded * rows;
-      data = allocate(bytes * (fused ? threads_ : 1));
-      scratch = allocate(body_.scratch * threads_);
-      panels_.resize(fused ? threads_ : 1);
-      for (size_t i = 0; i < panels_.size(); i++) {
-        panels_[i] = {
-            p, padded, 0, rows, fused ? padded : body_.tile(padded), call_.precision, data.get() + i * bytes};
+      const int64_t rows = fused ? body_.fused_rows : block_rows, tile = fused ? padded : body_.tile(padded);
+      const int64_t panels = fused ? threads_ : 1;
+      const size_t panel_bytes = round_up(body_.element(call_.precision) * padded * rows, kPage);
+      scratch_bytes_ = round_up(body_.scratch * tile * tile, kPage);
+      memory = allocate(panels * panel_bytes + threads_ * scratch_bytes_);
+      for (int64_t i = 0; i < panels; i++) {
+        panels_.push_back({p, padded, 0, rows, tile, call_.precision, memory.get() + i * panel_bytes});
       }
+      scratch_ = memory.get() + panels * panel_bytes;
       for (int64_t j = 0; j < p; j++) diagonal.push_back(call_.scatter[j * p + j]);
     }
     for (int64_t first = 0; first < call_.N; first += kChunk) {
@@ -148,18 +163,19 @@ class Pass {
         poll_();
         const int64_t end = std::min(used, start + block_rows);
         if (fused) {
-          pack_and_multiply(start, end, carry, scratch.get());
+          pack_and_multiply(start, end, carry);
         } else {
           pack(start, end, carry);
         }
         add_carries(start, end, carry, diagonal);
-        if (multiply && !fused) multiply_tiles(end - start, scratch.get());
+        if (multiply && !fused) multiply_tiles(end - start);
       }
     }
     if (!multiply) return;
     // The exact squares of the pack stage: the low-precision products would bias the diagonal.
     for (int64_t j = 0; j < p; j++) call_.scatter[j * p + j] = diagonal[j];
     if (call_.symmetric) mirror();
+    keep(std::move(memory));
   }
 
  private:
@@ -196,12 +212,12 @@ class Pass {
     });
   }
 
-  void pack_and_multiply(int64_t start, int64_t end, Carry& carry, char* scratch) {
+  void pack_and_multiply(int64_t start, int64_t end, Carry& carry) {
     std::atomic<int64_t> turn{0};
     parallel_for(threads_, (end - start + strip_ - 1) / strip_, [&](int64_t strip, int slot) {
       const int64_t from = start + strip * strip_, to = std::min(end, from + strip_);
       Panel& panel = panels_[slot];
-      char* sums = scratch + slot * body_.scratch;
+      char* sums = scratch_ + slot * scratch_bytes_;
       pack_strip(start, from, to, end, strip, carry,
                  [&](const Group& group, int64_t row, double* column_squares, Real* squares) {
                    const int64_t filled = (row - from) % panel.stride, after = row + group.rows;
@@ -279,7 +295,7 @@ class Pass {
     }
   }
 
-  void multiply_tiles(int64_t rows, char* scratch) {
+  void multiply_tiles(int64_t rows) {
     const Panel& panel = panels_[0];
     const int64_t side = panel.tile, tiles = (panel.padded + side - 1) / side;
     // The tiles below the diagonal cost most: those on it come last, so that threads finish together.
@@ -288,7 +304,7 @@ class Pass {
       for (int64_t I = 0; I + apart < tiles; I++) pairs.emplace_back(I * side, (I + apart) * side);
     }
     parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(pairs.size()), [&](int64_t i, int slot) {
-      body_.multiply(panel, pairs[i].first, pairs[i].second, call_.scatter, scratch + slot * body_.scratch);
+      body_.multiply(panel, pairs[i].first, pairs[i].second, call_.scatter, scratch_ + slot * scratch_bytes_);
     });
   }
 
@@ -313,6 +329,8 @@ class Pass {
   int64_t chunk_ = 0, strip_ = 0;
   Order order_;
   std::vector<Panel> panels_;  // one, or one per thread, or none to stream
+  char* scratch_ = nullptr;    // of scratch_bytes_ per thread
+  size_t scratch_bytes_ = 0;
 };
 
 const ScatterBody& scatter_body(const ClassScatter& call, Isa isa) {

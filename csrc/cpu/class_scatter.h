@@ -87,7 +87,7 @@ struct Panel {
 struct ScatterBody {
   int64_t pad;
   int64_t block_rows;               // multiple of kGroup
-  size_t scratch;                   // bytes per thread
+  size_t scratch;                   // bytes per thread and number of a tile
   size_t (*element)(Precision);     // bytes of panel per residual
   int64_t (*tile)(int64_t padded);  // multiple of pad
   int64_t fused_columns;            // up to so many, padded, the two stages are one

@@ -345,9 +345,9 @@ void flush(const Panel& panel, double* scatter, char* scratch) {
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   static const ScatterBody table = {
-      kPair,      2048,       kMostTile * kMostTile * 4,          element,       tile,
-      kMostTile,  kFusedRows, scatter_body_avx512(dtype)->stream, pack<Feature>, multiply,
-      accumulate, flush};
+      kPair,         2048,      sizeof(float), element,
+      tile,          kMostTile, kFusedRows,    scatter_body_avx512(dtype)->stream,
+      pack<Feature>, multiply,  accumulate,    flush};
   return &table;
 }
 
