@@ -227,7 +227,7 @@ def _frame_numbers(rows: torch.Tensor, geometry: PairGeometry, whose: str) -> di
         f"nc2_equinorm_{whose}": _variation(rows.norm(dim=1)),
         f"nc2_equiangular_{whose}": geometry.cosine_std,
         f"nc2_max_angle_{whose}": geometry.max_angle_deviation,
-        f"etf_error_{whose}": etf_error(rows),
+        f"etf_error_{whose}": geometry.etf_error,
     }
 
 

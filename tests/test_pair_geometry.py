@@ -237,6 +237,7 @@ def test_against_the_reference(backend, kind, C, p):
     else:
         for name in ("log_kernel_mean", "log_kernel_std", "cdnv"):
             oracle.assert_relative(getattr(geometry, name), getattr(truth, name), bound, name)
+    oracle.assert_within(geometry.etf_error, truth.etf_error, 32 * (p + C) * EPS)
     relative = (geometry.nearest_distance - truth.nearest_distance).abs() / truth.nearest_distance
     assert (relative[truth.nearest_distance > 0] <= 4 * (p + 8) * EPS).all()
     assert (geometry.nearest_distance[truth.nearest_distance == 0] == 0).all()

@@ -117,6 +117,61 @@ int64_t blocks_per_task(int64_t blocks, int64_t p) {
   return std::clamp<int64_t>(kBlockBytes / (kSide * p * static_cast<int64_t>(sizeof(double))), 1, 4);
 }
 
+// With the ideal E of norm 1, G = s E + R, s = <G, E>: |G / |G| - E|^2 = (s / |G| - 1)^2 + (|R| / |G|)^2 and
+// |G|^2 = s^2 + |R|^2, where |G| - s = |R|^2 / (|G| + s) does not cancel. <G, E> needs the trace of G and the
+// sum of its entries, which the columns of the rows give, so one sweep for R is enough.
+struct Projection {
+  Residual ideal;
+  double along;  // s
+
+  double error(double across) const {  // from |R|^2
+    const double norm = std::hypot(along, std::sqrt(across));
+    const double shortfall = along < 0 ? norm - along : across / (norm + along);
+    return std::hypot(shortfall, std::sqrt(across)) / norm;
+  }
+};
+
+Projection project(const EtfError& call, int threads) {
+  const int64_t C = call.C, p = call.p;
+  struct Columns {
+    double trace = 0, total = 0, left = 0, right = 0;  // the last two: the largest entries
+  };
+  constexpr int64_t kColumns = 64;
+  std::vector<Columns> columns((p + kColumns - 1) / kColumns);
+  parallel_for(threads, static_cast<int64_t>(columns.size()), [&](int64_t task, int) {
+    const int64_t first = task * kColumns, count = std::min(kColumns, p - first);
+    double trace[kColumns] = {}, left[kColumns] = {}, right[kColumns] = {};
+    Columns own;
+    for (int64_t c = 0; c < C; c++) {
+      const double *l = call.left + c * p + first, *r = call.right + c * p + first;
+      for (int64_t k = 0; k < count; k++) {
+        trace[k] += l[k] * r[k];
+        left[k] += l[k];
+        right[k] += r[k];
+        own.left = std::max(own.left, std::fabs(l[k]));
+        own.right = std::max(own.right, std::fabs(r[k]));
+      }
+    }
+    for (int64_t k = 0; k < count; k++) {
+      own.trace += trace[k];
+      own.total += left[k] * right[k];
+    }
+    columns[task] = own;
+  });
+  Columns all;
+  for (const Columns& own : columns) {
+    all.trace += own.trace;
+    all.total += own.total;
+    all.left = std::max(all.left, own.left);
+    all.right = std::max(all.right, own.right);
+  }
+  const double scale = 1 / all.left / all.right;  // no scale matters, and squares might overflow
+  const double root = std::sqrt(static_cast<double>(C - 1));
+  const double along = (all.trace - all.total / C) * scale / root;
+  const double off_diagonal = -along / (C * root);
+  return {{call, scale, -off_diagonal * (C - 1), off_diagonal}, along};
+}
+
 }  // namespace
 
 // Chan's formula.
@@ -161,7 +216,9 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
   for (int slot = 0; slot < threads; slot++) {
     search[slot] = {&nearest[slot * C], &most[slot * C], &waiting[slot * room], 0, room};
   }
+  const Projection projection = project({C, p, call.vectors, call.vectors}, threads);
   std::vector<PairSums> sums(blocks);
+  std::vector<double> residuals(blocks);
   const Buffer tiles = allocate(int64_t{threads} * kSide * kSide);
   const int64_t group = blocks_per_task(blocks, p);
   run_tasks(threads, (blocks + group - 1) / group, poll, [&](int64_t task, int slot) {
@@ -171,6 +228,7 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
       for (int64_t block = first; block < end && block * kSide <= J; block++) {
         const int64_t I = block * kSide;
         body.products(panels.from(I), panels.from(J), p, tile);
+        residuals[block] += body.reduce_residual(projection.ideal, I, J, tile);
         body.reduce_pairs(rows, I, J, tile, &search[slot], &sums[block]);
       }
     }
@@ -204,54 +262,16 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
                       all.absolute / all.pairs,
                       all.kernel / all.pairs,
                       std::sqrt(all.kernel_squares / all.pairs),
+                      projection.error(std::accumulate(residuals.begin(), residuals.end(), 0.0)),
                       all.cdnv / all.pairs};
 }
 
-// With the ideal E of norm 1, G = s E + R, s = <G, E>: |G / |G| - E|^2 = (s / |G| - 1)^2 + (|R| / |G|)^2 and
-// |G|^2 = s^2 + |R|^2, where |G| - s = |R|^2 / (|G| + s) does not cancel. <G, E> needs the trace of G and the
-// sum of its entries, which the columns of the rows give, so one sweep for R is enough.
 double etf_error(const EtfError& call, Isa isa, int threads, const std::function<void()>& poll) {
   const PairBody& body = body_of(isa);
   const int64_t C = call.C, p = call.p, blocks = (C + kSide - 1) / kSide;
   const bool symmetric = call.left == call.right;
   threads = threads_for(threads, (symmetric ? 0.5 : 1.0) * C * C * p);
-  struct Columns {
-    double trace = 0, total = 0, left = 0, right = 0;  // the last two: the largest entries
-  };
-  constexpr int64_t kColumns = 64;
-  std::vector<Columns> columns((p + kColumns - 1) / kColumns);
-  parallel_for(threads, static_cast<int64_t>(columns.size()), [&](int64_t task, int) {
-    const int64_t first = task * kColumns, count = std::min(kColumns, p - first);
-    double trace[kColumns] = {}, left[kColumns] = {}, right[kColumns] = {};
-    Columns own;
-    for (int64_t c = 0; c < C; c++) {
-      const double *l = call.left + c * p + first, *r = call.right + c * p + first;
-      for (int64_t k = 0; k < count; k++) {
-        trace[k] += l[k] * r[k];
-        left[k] += l[k];
-        right[k] += r[k];
-        own.left = std::max(own.left, std::fabs(l[k]));
-        own.right = std::max(own.right, std::fabs(r[k]));
-      }
-    }
-    for (int64_t k = 0; k < count; k++) {
-      own.trace += trace[k];
-      own.total += left[k] * right[k];
-    }
-    columns[task] = own;
-  });
-  Columns all;
-  for (const Columns& own : columns) {
-    all.trace += own.trace;
-    all.total += own.total;
-    all.left = std::max(all.left, own.left);
-    all.right = std::max(all.right, own.right);
-  }
-  const double scale = 1 / all.left / all.right;  // no scale matters, and squares might overflow
-  const double root = std::sqrt(static_cast<double>(C - 1));
-  const double along = (all.trace - all.total / C) * scale / root;
-  const double off_diagonal = -along / (C * root);
-  const Residual ideal = {call, scale, -off_diagonal * (C - 1), off_diagonal};
+  const Projection projection = project(call, threads);
   const Panels left(call.left, C, p, threads);
   const std::unique_ptr<Panels> other =
       symmetric ? nullptr : std::make_unique<Panels>(call.right, C, p, threads);
@@ -263,13 +283,11 @@ double etf_error(const EtfError& call, Isa isa, int threads, const std::function
     const int64_t I = block * kSide;
     for (int64_t J = symmetric ? I : 0; J < C; J += kSide) {
       body.products(left.from(I), right.from(J), p, tile);
-      sums[block] += body.reduce_residual(ideal, I, J, tile);
+      sums[block] += body.reduce_residual(projection.ideal, I, J, tile);
     }
   });
   const double across = std::accumulate(sums.begin(), sums.end(), 0.0);
-  const double norm = std::hypot(along, std::sqrt(across));
-  const double shortfall = along < 0 ? norm - along : across / (norm + along);
-  return std::hypot(shortfall, std::sqrt(across)) / norm;
+  return projection.error(across);
 }
 
 namespace {

@@ -22,7 +22,7 @@ namespace ncfast {
 
 struct PairStatistics {
   double cosine_mean, cosine_std, cosine_min, cosine_max, max_angle_deviation, log_kernel_mean,
-      log_kernel_std, cdnv;
+      log_kernel_std, etf_error, cdnv;
 };
 
 struct PairGeometry {

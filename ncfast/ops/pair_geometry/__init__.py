@@ -25,6 +25,8 @@ class PairGeometry(NamedTuple):
     """[]: Avg of log ‖û_c − û_c′‖⁻¹, û = u/‖u‖."""
     log_kernel_std: torch.Tensor
     """[]: population standard deviation of log ‖û_c − û_c′‖⁻¹."""
+    etf_error: torch.Tensor
+    """[]: `etf_error` of the same rows, from the same sweep; NaN when all are zero."""
     nearest_distance: torch.Tensor
     """[C]: min over c′ of ‖u_c − u_c′‖."""
     nearest_index: torch.Tensor
@@ -162,7 +164,7 @@ def _pair_geometry_op(vectors: torch.Tensor, variances: torch.Tensor | None) -> 
 @_pair_geometry_op.register_fake
 def _(vectors: torch.Tensor, variances: torch.Tensor | None) -> list[torch.Tensor]:
     C = vectors.shape[0]
-    numbers = [vectors.new_empty((), dtype=torch.float64) for _ in range(7)]
+    numbers = [vectors.new_empty((), dtype=torch.float64) for _ in range(8)]
     nearest = [vectors.new_empty(C, dtype=dtype) for dtype in (torch.float64, torch.int64)]
     return [*numbers, *nearest, vectors.new_empty((0,) if variances is None else (), dtype=torch.float64)]
 

@@ -20,7 +20,7 @@ def pair_geometry(
     vectors = vectors.contiguous()
     C, p = vectors.shape
     variances = None if variances is None else variances.contiguous()
-    statistics = vectors.new_empty(8)
+    statistics = vectors.new_empty(9)
     nearest_distance = vectors.new_empty(C)
     nearest_index = torch.empty(C, dtype=torch.int64)
     _cpu.pair_geometry(
@@ -33,7 +33,7 @@ def pair_geometry(
         nearest_index=nearest_index.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    mean, std, low, high, deviation, kernel_mean, kernel_std, cdnv = statistics.unbind()
+    mean, std, low, high, deviation, kernel_mean, kernel_std, etf, cdnv = statistics.unbind()
     return PairGeometry(
         cosine_mean=mean,
         cosine_std=std,
@@ -42,6 +42,7 @@ def pair_geometry(
         max_angle_deviation=deviation,
         log_kernel_mean=kernel_mean,
         log_kernel_std=kernel_std,
+        etf_error=etf,
         nearest_distance=nearest_distance,
         nearest_index=nearest_index,
         cdnv=None if variances is None else cdnv,

@@ -32,6 +32,7 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None) -> Pair
         max_angle_deviation=(cosines + 1 / (C - 1)).abs().mean(),
         log_kernel_mean=kernels.mean(),
         log_kernel_std=kernels.std(correction=0),
+        etf_error=etf_error(vectors, None),
         nearest_distance=nearest.values,
         nearest_index=nearest.indices,
         cdnv=cdnv,

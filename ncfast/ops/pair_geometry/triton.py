@@ -252,6 +252,7 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None) -> Pair
         max_angle_deviation=deviations.sum() / pairs,
         log_kernel_mean=kernel_mean,
         log_kernel_std=kernel_std,
+        etf_error=etf_error(vectors, None),
         nearest_distance=(vectors - vectors[nearest_index]).norm(dim=1),
         nearest_index=nearest_index,
         cdnv=None if variances is None else cdnv.sum() / pairs,
