@@ -106,8 +106,9 @@ def collapse(
 ) -> CollapseReport:
     """Compute NC1–NC3 and their kin from accumulated statistics.
 
-    NC4 needs the features again: see `measure` and `measure_model`. NC1 comes from the [C, C] Gram matrix of the
-    means, or where C > p from a symmetric eigenproblem of size p, in float64, never from a p×p pseudo-inverse.
+    NC4 needs the features again: see `measure` and `measure_model`. NC1 comes from the [C, C] Gram matrix of
+    the means, or where C > p from a symmetric eigenproblem of size p, in float64, never from a p×p
+    pseudo-inverse.
 
     Args:
         stats: at least one sample; without its scatter NC1 is None.
@@ -194,8 +195,8 @@ def check_classifier(
 def _nc1(stats: ClassStatistics, centred: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Tr(Σ_W Σ_B†)/C, where Σ weights_c · centred_c = 0.
 
-    By solving with the Gram matrix of the means where it has rank C − 1 and a condition that leaves 8 digits, else
-    by an eigenproblem of size min(C, p).
+    By solving with the Gram matrix of the means where it has rank C − 1 and a condition that leaves 8 digits,
+    else by an eigenproblem of size min(C, p).
     """
     C, p = centred.shape
     frame = centred / math.sqrt(C)  # Σ_B = frameᵀ frame

@@ -91,7 +91,7 @@ class ClassStatistics:
         """[C] float64: Σ‖h − k_c‖²."""
         self._scatter = zeros.new_zeros(dim, dim) if scatter else None
         self._upper_only = False  # what is below the diagonal of _scatter is out of date
-        # The samples there were when shifts were last looked at, and the rows since: to look again at as many.
+        # The samples there were when shifts were last looked at, and the rows since then.
         self._rows_then = self._rows_since = 0
         # Rows left out by nonfinite="skip"; and, on a GPU, rows to complain about at the next
         # synchronisation.
