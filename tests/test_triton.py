@@ -285,6 +285,22 @@ def test_etf_error_and_decision_radius(device, C, p):
     assert ((got - want).abs() <= bound)[finite].all()
 
 
+def test_decision_radius_of_any_scale(device):
+    """Rows that differ by what underflows when squared are not equal, and certify nothing."""
+    weight, anchors = torch.randn(2, 5, 3, dtype=torch.float64)
+    want = run("reference", ncfast.decision_radius, weight, None, anchors)
+    for scale in (2.0**-700, 2.0**700):
+        got = run("triton", ncfast.decision_radius, (weight * scale).to(device), None, anchors.to(device))
+        assert_within(got.cpu(), want, 32 * 2.0**-52 * float(anchors.norm() + want.abs().max()))
+    weight[1:3] = 1e-170 * torch.randn(2, 3, dtype=torch.float64)
+    want = run("reference", ncfast.decision_radius, weight, None, anchors)
+    got = run("triton", ncfast.decision_radius, weight.to(device), None, anchors.to(device)).cpu()
+    bound = 16 * 2.0**-52 * (anchors.norm(dim=1) + want.abs())
+    assert (got <= want + bound).all()
+    assert (got[[1, 2]] == -torch.inf).all()
+    assert ((got - want).abs() <= bound)[[0, 3, 4]].all()
+
+
 @pytest.mark.parametrize("machine", ["sm_80", "sm_90"])
 def test_no_races_in_shared_memory(machine, races):
     """Every kernel once with the emulator's race detector."""

@@ -29,6 +29,7 @@ _B = 32  # rows of a tile: 8 float64 sums per thread, no shared memory but for r
 _CLOSE = tl.constexpr(
     2.0**-20
 )  # δ² below which û's rounding shows in ‖u − u′‖²: it is then summed from u itself
+_TINY = tl.constexpr(2.0**-900)  # a smaller square may have underflowed
 _STATISTICS = tl.constexpr(9)  # numbers that each program of `_pairs` leaves
 
 
@@ -162,17 +163,20 @@ def _radii(
         c = tl.cast(tile, tl.int64) * B + tl.arange(0, B)
         lead = tl.zeros((B, B), tl.float64)
         square = tl.zeros((B, B), tl.float64)
+        differ = tl.zeros((B, B), tl.int32)
         for k in range(p):
             row = tl.cast(k, tl.int64) * A + anchor
             difference = tl.load(own + row, used, 0.0)[:, None]
             difference -= tl.load(weight + tl.cast(k, tl.int64) * C + c, c < C, 0.0)[None, :]
             lead += difference * tl.load(anchors + row, used, 0.0)[:, None]
             square += difference * difference
+            differ |= (difference != 0).to(tl.int32)
         lead += bias_a[:, None] - tl.load(bias + c, c < C, 0.0)[None, :]
         # No boundary where the rows are equal: the larger bias wins everywhere, then the lower index.
         wins = (lead > 0) | ((lead == 0) & (c[None, :] > a[:, None]))
-        distance = tl.where(wins, float("inf"), float("-inf"))
-        distance = tl.where(square > 0, lead / tl.sqrt(square), distance)
+        distance = tl.where(wins & (differ == 0), float("inf"), float("-inf"))
+        # Squares that underflowed tell no distance: nothing is certified then.
+        distance = tl.where(square > _TINY, lead / tl.sqrt(square), distance)
         other = (c < C)[None, :] & (c[None, :] != a[:, None])
         radius = tl.minimum(radius, tl.min(tl.where(other, distance, float("inf")), 1))
     tl.store(radii + tl.cast(part, tl.int64) * A + anchor, radius, used)
@@ -298,6 +302,10 @@ def decision_radius(
     (C, p), A = weight.shape, len(classes)
     if A == 0:
         return weight.new_empty(0)
+    # No scale matters, and squares might underflow or overflow.
+    largest = weight.abs().amax()
+    scale = torch.where(largest > 0, torch.frexp(largest).mantissa / largest, 1.0)  # a power of two
+    weight, bias = weight * scale, bias * scale
     blocks, parts = _grid(A, C)
     radii = weight.new_empty(parts, A)
     with target.active(weight):
