@@ -45,7 +45,8 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None = None) 
 
     Returns:
         PairGeometry. A row of zeros has no direction: every cosine and kernel statistic is then NaN. Two rows
-        of equal direction put an infinity in the kernel's, two equal rows one in the CDNV.
+        of equal direction put an infinity in the kernel's, two equal rows one in the CDNV. Norms whose
+        squares leave the range of float64 (below 1e-150, above 1e150) make them NaN or 0.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree; C < 2.
@@ -75,7 +76,7 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Te
         right: [C, p] floating point, or None for R = L.
 
     Returns:
-        [] float64, in [0, 2]; NaN when G is zero.
+        [] float64, in [0, 2]; NaN when G is zero, or leaves the range of float64.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree; C < 2.
