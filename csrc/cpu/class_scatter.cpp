@@ -212,6 +212,7 @@ class Pass {
     });
   }
 
+  // Both stages at once: every strip in fillings of its thread's panel, its sums in that thread's scratch.
   void pack_and_multiply(int64_t start, int64_t end, Carry& carry) {
     std::atomic<int64_t> turn{0};
     parallel_for(threads_, (end - start + strip_ - 1) / strip_, [&](int64_t strip, int slot) {
