@@ -31,7 +31,9 @@ def full(vectors, variances):
     nearest = squares.fill_diagonal_(torch.inf).min(1)
     cdnv = ((variances[:, None] + variances) / (2 * squares)).sum() / (C * (C - 1))
     deviations = (cosines + 1 / (C - 1)).abs()
+    ideal = (torch.eye(C, dtype=gram.dtype) - 1 / C) / (C - 1) ** 0.5
     return {
+        "etf_error": (gram / gram.norm() - ideal).norm(),
         "cosine_mean": cosines.mean(),
         "cosine_std": cosines.std(correction=0),
         "cosine_min": cosines.min(),
@@ -75,7 +77,10 @@ def chunked(vectors, variances, rows):
         indices.append(nearest.indices)
         sums["cdnv"] += float(d.reciprocal_().mul_(variances + variances[own, None]).sum()) / 2
     mean = {name: value / (C * (C - 1)) for name, value in sums.items()}
+    # ‖G/‖G‖ − E‖² = 2 − 2⟨G, E⟩/‖G‖, and ‖V Vᵀ‖ = ‖Vᵀ V‖.
+    along = (squares.sum() - vectors.sum(0).square().sum() / C) / (C - 1) ** 0.5
     return {
+        "etf_error": (2 - 2 * along / (vectors.T @ vectors).norm()).sqrt(),
         "cosine_mean": mean["cosine"],
         "cosine_std": (mean["square"] - mean["cosine"] ** 2) ** 0.5,
         "cosine_min": low,

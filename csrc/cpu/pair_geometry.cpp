@@ -131,43 +131,36 @@ struct Projection {
   }
 };
 
-Projection project(const EtfError& call, int threads) {
+Projection project(const EtfError& call, const PairBody& body, int threads) {
   const int64_t C = call.C, p = call.p;
-  struct Columns {
-    double trace = 0, total = 0, left = 0, right = 0;  // the last two: the largest entries
-  };
   constexpr int64_t kColumns = 64;
-  std::vector<Columns> columns((p + kColumns - 1) / kColumns);
-  parallel_for(threads, static_cast<int64_t>(columns.size()), [&](int64_t task, int) {
+  std::vector<double> total((p + kColumns - 1) / kColumns);  // of the Gram matrix: of products of column sums
+  parallel_for(threads, static_cast<int64_t>(total.size()), [&](int64_t task, int) {
     const int64_t first = task * kColumns, count = std::min(kColumns, p - first);
-    double trace[kColumns] = {}, left[kColumns] = {}, right[kColumns] = {};
-    Columns own;
-    for (int64_t c = 0; c < C; c++) {
-      const double *l = call.left + c * p + first, *r = call.right + c * p + first;
-      for (int64_t k = 0; k < count; k++) {
-        trace[k] += l[k] * r[k];
-        left[k] += l[k];
-        right[k] += r[k];
-        own.left = std::max(own.left, std::fabs(l[k]));
-        own.right = std::max(own.right, std::fabs(r[k]));
+    const auto add_columns = [&](const double* rows, double* sums) {
+      for (int64_t c = 0; c < C; c++) {
+        for (int64_t k = 0; k < count; k++) sums[k] += rows[c * p + first + k];
       }
-    }
-    for (int64_t k = 0; k < count; k++) {
-      own.trace += trace[k];
-      own.total += left[k] * right[k];
-    }
-    columns[task] = own;
+    };
+    double left[kColumns] = {}, right[kColumns] = {};
+    add_columns(call.left, left);
+    if (call.right != call.left) add_columns(call.right, right);
+    for (int64_t k = 0; k < count; k++) total[task] += left[k] * (call.right != call.left ? right : left)[k];
   });
-  Columns all;
-  for (const Columns& own : columns) {
-    all.trace += own.trace;
-    all.total += own.total;
-    all.left = std::max(all.left, own.left);
-    all.right = std::max(all.right, own.right);
+  const auto largest = [](const std::vector<double>& squares) {
+    return std::sqrt(*std::max_element(squares.begin(), squares.end()));
+  };
+  std::vector<double> trace = squares_of(body, call.left, C, p, threads);
+  double scale = 1 / largest(trace);  // no scale matters, and squares might overflow
+  if (call.right == call.left) {
+    scale *= scale;
+  } else {
+    scale /= largest(squares_of(body, call.right, C, p, threads));
+    for (int64_t c = 0; c < C; c++) trace[c] = body.dot(call.left + c * p, call.right + c * p, p);
   }
-  const double scale = 1 / all.left / all.right;  // no scale matters, and squares might overflow
   const double root = std::sqrt(static_cast<double>(C - 1));
-  const double along = (all.trace - all.total / C) * scale / root;
+  const double sum = std::accumulate(total.begin(), total.end(), 0.0);
+  const double along = (std::accumulate(trace.begin(), trace.end(), 0.0) - sum / C) * scale / root;
   const double off_diagonal = -along / (C * root);
   return {{call, scale, -off_diagonal * (C - 1), off_diagonal}, along};
 }
@@ -216,7 +209,7 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
   for (int slot = 0; slot < threads; slot++) {
     search[slot] = {&nearest[slot * C], &most[slot * C], &waiting[slot * room], 0, room};
   }
-  const Projection projection = project({C, p, call.vectors, call.vectors}, threads);
+  const Projection projection = project({C, p, call.vectors, call.vectors}, body, threads);
   std::vector<PairSums> sums(blocks);
   std::vector<double> residuals(blocks);
   const Buffer tiles = allocate(int64_t{threads} * kSide * kSide);
@@ -271,7 +264,7 @@ double etf_error(const EtfError& call, Isa isa, int threads, const std::function
   const int64_t C = call.C, p = call.p, blocks = (C + kSide - 1) / kSide;
   const bool symmetric = call.left == call.right;
   threads = threads_for(threads, (symmetric ? 0.5 : 1.0) * C * C * p);
-  const Projection projection = project(call, threads);
+  const Projection projection = project(call, body, threads);
   const Panels left(call.left, C, p, threads);
   const std::unique_ptr<Panels> other =
       symmetric ? nullptr : std::make_unique<Panels>(call.right, C, p, threads);
