@@ -134,7 +134,8 @@ def collapsed(rounds):
 
 
 def _nc4(rule_and_means, features, labels, radii, gap):
-    decisions = importlib.import_module("ncfast.measure")._Decisions(*rule_and_means)
+    distances = ncfast.pair_geometry(rule_and_means[2]).nearest_distance
+    decisions = importlib.import_module("ncfast.measure")._Decisions(*rule_and_means, distances)
     return decisions.count(features, labels, radii, gap)
 
 

@@ -126,6 +126,17 @@ def collapse(
 
     Source: Papyan, Han & Donoho (PNAS 2020), §3 and Figs. 2–6; the kin as said in `CollapseReport`.
     """
+    return collapse_and_distances(stats, weight, bias, global_mean=global_mean)[0]
+
+
+def collapse_and_distances(
+    stats: ClassStatistics,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    global_mean: str = "samples",
+) -> tuple[CollapseReport, torch.Tensor]:
+    """`collapse`, and each present class's distance from the nearest other mean, ∞ for a single class."""
     check_global_mean(global_mean)
     check_classifier(weight, bias, stats.num_classes, stats.dim, stats.counts.device)
     num_samples = stats.num_samples
@@ -140,9 +151,11 @@ def collapse(
     if between <= 2.0**-44 * within + (2.0**-48 * means.norm(dim=1).max()) ** 2:
         centred, between = torch.zeros_like(centred), torch.zeros_like(between)
     numbers = {"trace_within": within, "trace_between": between, "trace_ratio": within / between}
+    distances = torch.full_like(stats.class_variances[present], torch.inf)
     if len(means) > 1:
         geometry = pair_geometry(centred, stats.class_variances[present])
         numbers |= _frame_numbers(centred, geometry, "means")
+        distances = geometry.nearest_distance
         numbers["cdnv"] = cast(torch.Tensor, geometry.cdnv)
         numbers["gnc2"] = geometry.log_kernel_std / geometry.log_kernel_mean.abs()
         if stats.scatter is not None:
@@ -156,7 +169,7 @@ def collapse(
         numbers["unc3"] = _variation(products / rows.norm(dim=1) / centred.norm(dim=1))
     values = torch.stack(list(numbers.values())).tolist()  # the one synchronisation
     measurable = {name: value for name, value in zip(numbers, values, strict=True) if math.isfinite(value)}
-    return CollapseReport(
+    report = CollapseReport(
         **measurable,
         num_samples=num_samples,
         num_classes=len(means),
@@ -165,6 +178,7 @@ def collapse(
         dim=stats.dim,
         global_mean=global_mean,
     )
+    return report, distances
 
 
 def check_global_mean(global_mean: str) -> None:

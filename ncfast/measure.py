@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from ncfast.collapse import CollapseReport, check_classifier, check_global_mean, collapse
+from ncfast.collapse import CollapseReport, check_classifier, check_global_mean, collapse_and_distances
 from ncfast.ops import dispatch
 from ncfast.ops.affine_argmax import affine_argmax, center_rule
 from ncfast.ops.class_scatter import (
@@ -107,23 +107,23 @@ def measure(
         device=h.device,
         shift=_sampled_shift(h, y, num_classes, ignore_index),
     )
-    distances = []
+    seen = []
     for rows in _chunks(h, progress, "statistics"):
         with rows_from(rows.start):
-            distances.append(stats.accumulate(h[rows], y[rows]))
-    radii = torch.cat(distances)
-    report = collapse(stats, W, b, global_mean=global_mean)
+            seen.append(stats.accumulate(h[rows], y[rows]))
+    radii = torch.cat(seen)
+    report, distances = collapse_and_distances(stats, W, b, global_mean=global_mean)
     if W is None:
         return report
     means = stats.means
     gap = (stats.shift - means).norm(dim=1)
-    on_train = _Decisions(W, b, means, certificates, nearest_center=test is None)
+    on_train = _Decisions(W, b, means, distances, certificates, nearest_center=test is None)
     train = _Tally()
     for rows in _chunks(h, progress, "train decisions"):
         train += on_train.count(h[rows], y[rows], radii[rows], gap)
     if test is None:
         return dataclasses.replace(report, nc4_data="train", train_accuracy=train.accuracy, **train.nc4())
-    on_test = _Decisions(W, b, means, certificates)
+    on_test = _Decisions(W, b, means, distances, certificates)
     held_out = _Tally()
     for rows in _chunks(test_h, progress, "test decisions"):
         with rows_from(rows.start):
@@ -212,8 +212,8 @@ def measure_model(
             correct += int((decided == y[used]).sum())
             if once and test_loader is None:
                 held.append((h, y))
-        report = collapse(stats, W, b, global_mean=global_mean)
-        decisions = _Decisions(W, b, stats.means)
+        report, distances = collapse_and_distances(stats, W, b, global_mean=global_mean)
+        decisions = _Decisions(W, b, stats.means, distances)
         tally = _Tally()
         if held:
             second: Iterable[tuple[torch.Tensor, torch.Tensor]] = held
@@ -271,6 +271,7 @@ class _Decisions:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         means: torch.Tensor,
+        distances: torch.Tensor,  # [C present] from each mean to the nearest other
         certificates: bool = True,
         nearest_center: bool = True,
     ) -> None:
@@ -284,10 +285,10 @@ class _Decisions:
         if certificates:
             radii = decision_radius(weight, self.bias, self.anchors, self.present)
             if nearest_center:
-                centred = self.anchors - self.anchors.mean(0)  # a common offset would cost digits
-                half_distances = decision_radius(centred, -0.5 * centred.norm(dim=1).square(), centred)
-                radii = torch.minimum(radii, half_distances)
-            slack = (means.shape[1] + 4) * 2.0**-52 * (self.anchors.norm(dim=1) + radii.abs())
+                radii = torch.minimum(radii, 0.5 * distances)
+            norms = self.anchors.norm(dim=1)
+            # The distances are of means less μ_G, which is no larger than the largest of them.
+            slack = (means.shape[1] + 4) * 2.0**-52 * (norms + norms.max() + radii.abs())
             self.radius[self.present] = torch.where(radii.isinf(), radii, radii - slack)
 
     @functools.cached_property

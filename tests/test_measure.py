@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import ncfast
+from ncfast.collapse import collapse_and_distances
+from ncfast.measure import _Decisions
 
 import oracle
 
@@ -426,3 +428,21 @@ def test_the_cpu_kernels_carry_all_of_it():
     assert {backend for _, backend in ran} == {"cpu"}
     assert {operation for operation, _ in ran} == {"class_scatter", "affine_argmax", "pair_geometry"}
     oracle.assert_reports_agree(report, oracle.two_pass(features, labels, 7, weight), 1e-4, 1e-6)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-15, 1e-12, 1e-9])
+def test_means_that_nearly_coincide_certify_nothing_beyond_half_their_distance(apart):
+    """Two of three classes 1e-15 apart, beside their norms: what float64 scores say of them is noise."""
+    generator = torch.Generator().manual_seed(0)
+    p = 40
+    means = torch.randn(3, p, generator=generator, dtype=torch.float64)
+    means[1] = means[0] + apart * torch.randn(p, generator=generator, dtype=torch.float64)
+    labels = torch.arange(3).repeat(30)
+    noise = 0.1 * torch.randn(30, 1, p, generator=generator, dtype=torch.float64)
+    features = (means + noise - noise.mean(0)).reshape(-1, p)  # the same deviations in every class
+    stats = ncfast.ClassStatistics(3, p).update(features, labels)
+    _, distances = collapse_and_distances(stats)
+    decisions = _Decisions(means, None, stats.means, distances)
+    true = (stats.means[:, None] - stats.means).norm(dim=2) + torch.diag(torch.full((3,), torch.inf))
+    assert (decisions.radius <= 0.5 * true.amin(1)).all()
+    assert decisions.radius[2] > 0.1
