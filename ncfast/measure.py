@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _CHUNK = 1 << 28  # elements of the features handled at once
 _REFERENCE_CHUNK = 1 << 26  # the same where float64 copies of them are held
+_GATHERED = 1 << 26  # elements of rows without a certificate copied at once
 # Rows per class behind the shift: its distance from the mean, and what it adds to the radii, is then σ/4.
 _SHIFT_ROWS = 16
 
@@ -313,13 +314,15 @@ class _Decisions:
         certified = used & (reach + gap[y] * (1 + (p + 8) * 2.0**-52) < self.radius[y])
         rows = (used & ~certified).nonzero().squeeze(1)
         correct = disagreeing = 0
-        if len(rows):
-            scored = features if len(rows) == len(features) else features[rows]
+        everyone = len(rows) == len(features)
+        parts = [rows] if everyone else rows.split(max(1, _GATHERED // p))
+        for part in parts if len(rows) else ():
+            scored = features if everyone else features[part]
             weights, biases = zip(*self.rules, strict=True)
             by_classifier, *by_center = affine_argmax(scored, weights, biases)
-            correct = int((by_classifier == labels[rows]).sum())
+            correct += int((by_classifier == labels[part]).sum())
             if by_center:
-                disagreeing = int((by_classifier != self.present[by_center[0]]).sum())
+                disagreeing += int((by_classifier != self.present[by_center[0]]).sum())
         total = int(used.sum())
         return _Tally(total, total - len(rows), total - len(rows) + correct, disagreeing)
 
