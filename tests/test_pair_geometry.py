@@ -283,6 +283,18 @@ def test_decision_radius_near_collapse(backend, spread):
         assert ((radii - truth).abs() <= bound).all()
 
 
+def test_decision_radius_of_an_anchor_that_is_not_there(backend):
+    """An anchor of NaN, an absent class's mean, has no radius and changes no other."""
+    weight, anchors = torch.randn(2, 60, 40, dtype=torch.float64)
+    others = torch.arange(60) != 7
+    with backends.forced("pair_geometry", backend):
+        expected = ncfast.decision_radius(weight, None, anchors)
+        anchors[7] = torch.nan
+        radii = ncfast.decision_radius(weight, None, anchors)
+    assert radii[7].isnan()
+    assert torch.equal(radii[others], expected[others])
+
+
 def test_cosines_that_agree_do_not_cancel(backend):
     """A standard deviation of 1e-9 about a cosine of 0.8: E[x²] − E[x]² would be noise."""
     C, p = 60, 64

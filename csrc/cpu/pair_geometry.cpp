@@ -299,9 +299,9 @@ class ScreenBlocks {
         packed[r] = pack(vectors + row * p, r < rows ? 1 / norms[row] : 0, p, r % kSide, at(r));
       }
     });
-    for (const Packed& row : packed) {
-      most_.lost = row.lost <= most_.lost ? most_.lost : row.lost;  // a NaN counts
-      most_.low = row.low <= most_.low ? most_.low : row.low;
+    for (const Packed& row : packed) {  // a NaN is passed over: the products of that row are NaN, too
+      most_.lost = std::max(most_.lost, row.lost);
+      most_.low = std::max(most_.low, row.low);
     }
   }
 
