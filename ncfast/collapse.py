@@ -144,14 +144,15 @@ def collapse_and_distances(
         raise ValueError("the statistics hold no samples")
     present = stats.present
     means = stats.means[present]  # [C, p]
-    weights = stats.counts[present] if global_mean == "samples" else torch.ones_like(stats.counts[present])
+    counts = stats.counts[present]
+    weights = counts if global_mean == "samples" else torch.ones_like(counts)
     centred = means - weighted_mean(means, weights)
     within, between = stats.trace_within, centred.square().sum() / len(means)
     # Below what rounding leaves of means that coincide: of float32 residuals, and of float64 means.
     if between <= 2.0**-44 * within + (2.0**-48 * means.norm(dim=1).max()) ** 2:
         centred, between = torch.zeros_like(centred), torch.zeros_like(between)
     numbers = {"trace_within": within, "trace_between": between, "trace_ratio": within / between}
-    distances = torch.full_like(stats.class_variances[present], torch.inf)
+    distances = means.new_full((len(means),), torch.inf)
     if len(means) > 1:
         geometry = pair_geometry(centred, stats.class_variances[present])
         numbers |= _frame_numbers(centred, geometry, "means")

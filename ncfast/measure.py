@@ -295,7 +295,8 @@ class _Decisions:
     @functools.cached_property
     def rules(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What decides the samples without a certificate."""
-        return [(self.weight, self.bias)] + [center_rule(self.anchors)] * self.nearest_center
+        classifier = (self.weight, self.bias)
+        return [classifier, center_rule(self.anchors)] if self.nearest_center else [classifier]
 
     @functools.cached_property
     def centers(self) -> torch.Tensor:

@@ -14,11 +14,7 @@
 #include <type_traits>
 
 #include "cpu/affine_argmax.h"
-
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (GCC bug 105593)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "cpu/amx.h"
 
 #pragma GCC push_options
 #pragma GCC target( \
@@ -30,12 +26,6 @@ namespace {
 #include "cpu/affine_argmax_vector.h"
 
 constexpr int kTile = 1024, kSide = 32;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Round to nearest even; what would be a denormal becomes zero, as the tile unit would take it anyway: its
 // whole value then counts as residual.
@@ -208,7 +198,7 @@ struct TileArgmax {
     const int64_t steps = columns(p) / 32, bytes = steps * (level + 1) * kTile;
     Vec<int32_t, 16> lane;
     for (int i = 0; i < 16; i++) lane[i] = i;
-    const TileConfig config;
+    const TileConfiguration config;
     _tile_loadconfig(&config);
     Scores before = {nullptr, nullptr, lane};
     for (int64_t c = 0; c < classes; c += kSide) {

@@ -13,12 +13,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/amx.h"
 #include "cpu/class_scatter.h"
-
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (GCC bug 105593)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
@@ -177,12 +173,6 @@ void pack(const Group& group, int64_t row, const Panel& panel, double* column_sq
   const auto pack = panel.precision == Precision::high ? pack_as<Feature, true> : pack_as<Feature, false>;
   pack(group, row, panel, column_squares, static_cast<float*>(squares));
 }
-
-struct alignas(64) TileConfiguration {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // The lines of the 32 x 32 float64 that a register tile is added to are asked for while it is multiplied.
 class Destination {

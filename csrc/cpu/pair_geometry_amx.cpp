@@ -10,12 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/amx.h"
 #include "cpu/pair_geometry.h"
-
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (GCC bug 105593)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
@@ -86,12 +82,6 @@ Packed pack(const double* row, double scale, int64_t p, int r, char* block) {
   return {std::sqrt(_mm512_reduce_add_pd(lost)) * kUp, std::sqrt(_mm512_reduce_add_pd(low)) * kUp};
 }
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
-};
-
 // 48 rows j by 16 rows i, accumulated in tile registers 0 to 2.
 [[gnu::always_inline]] inline void add_products(const char* left, const char* right, int64_t next) {
   _tile_loadd(6, left, 64);
@@ -107,7 +97,7 @@ struct alignas(64) TileConfig {
 template <int Level>
 void products(const char* left, const char* right, int64_t p, float* tile) {
   static_assert(kSide == 3 * kRows);
-  const TileConfig config;
+  const TileConfiguration config;
   _tile_loadconfig(&config);
   const int64_t next = steps(p) * (Level + 1) * kTile;  // from 16 rows to the following ones
   for (int i = 0; i < kSide; i += kRows, left += next) {
