@@ -25,7 +25,12 @@ from ncfast.ops.class_scatter import PRECISIONS
 from ncfast.shards import find_shards, is_sharded, measure_shards
 from ncfast.statistics import ClassStatistics
 
-OPERATIONS = ("class_scatter", "affine_argmax", "pair_geometry")
+OPERATIONS: dict[str, dict[str, bool]] = {  # and the options that what runs depends on
+    "class_scatter": {},
+    "class_scatter (no scatter)": {"scatter": False},
+    "affine_argmax": {},
+    "pair_geometry": {},
+}
 ARRAYS = ("features", "labels", "weight", "bias", "test_features", "test_labels")
 
 
@@ -147,9 +152,9 @@ def _info(_: argparse.Namespace) -> None:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         table = Table("operation", "backend", "", title=f"float32 features on {device}", title_justify="left")
-        for operation in OPERATIONS:
-            shown = operation
-            for backend, reason in dispatch.explain(operation, torch.empty(1, 1, device=device)):
+        for shown, options in OPERATIONS.items():
+            operation = shown.split()[0]
+            for backend, reason in dispatch.explain(operation, torch.empty(1, 1, device=device), **options):
                 style = "bold green" if reason == "runs" else ""
                 if backend == "cpu" and reason == "runs":
                     reason += f" on {importlib.import_module('ncfast._cpu').isa(operation)}"

@@ -230,7 +230,7 @@ def test_info_names_the_instruction_set(capsys, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "ncfast._cpu", extension)
     monkeypatch.setattr(dispatch, "unavailable", lambda _: None)
-    monkeypatch.setattr(dispatch, "explain", lambda *_: [("cpu", "runs"), ("reference", "available")])
+    monkeypatch.setattr(dispatch, "explain", lambda *_, **__: [("cpu", "runs"), ("reference", "available")])
     code, out, _ = run(capsys, "info")
     assert code == 0
     assert "portable yes, amx no" in out

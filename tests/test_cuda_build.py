@@ -38,28 +38,55 @@ def cubins(request, tmp_path_factory):
         return source, (cubin, done.stderr)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(build, ("class_moments", "certify")))
+        return dict(pool.map(build, ("class_scatter", "class_moments", "certify")))
 
 
-@pytest.mark.parametrize(("source", "kernels"), [("class_moments", 14), ("certify", 3)])
+@pytest.mark.parametrize(
+    ("source", "kernels"), [("class_moments", 14), ("class_scatter", 19), ("certify", 3)]
+)
 def test_no_spills(cubins, source, kernels):
     said = cubins[source][1]
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     assert spills == [("0", "0", "0")] * kernels
 
 
-def test_wide_loads(cubins):
+def kernels_of(cubin):
+    """{name: SASS} of a cubin."""
     tool = nvdisasm()
     if tool is None:
         pytest.skip("there is no nvdisasm")
-    listing = subprocess.run(
-        [tool, "-c", cubins["class_moments"][0]], capture_output=True, text=True, check=True
-    ).stdout
+    listing = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    bodies = re.split(r"\.section\s+\.text\.", listing)[1:]
+    return {body.split(",", 1)[0]: body for body in bodies}
+
+
+def test_wide_loads(cubins):
     vectors = []
-    for body in re.split(r"\.section\s+\.text\.", listing)[1:]:
-        vector = re.match(r"\S*moments_rowsILi\dELi(\d)E", body)
+    for name, body in kernels_of(cubins["class_moments"][0]).items():
+        vector = re.search(r"moments_rowsILi\dELi(\d)E", name)
         if vector:
             vectors.append(vector[1])
             # Four rows in flight.
-            assert len(re.findall(r"LDG\.E\.128", body)) >= (0 if vector[1] == "1" else 4), body[:80]
+            assert len(re.findall(r"LDG\.E\.128", body)) >= (0 if vector[1] == "1" else 4), name
     assert sorted(vectors) == ["1", "1", "1", "1", "2", "4", "8", "8"]
+
+
+def test_matrix_instructions(cubins):
+    """Products on the tensor cores, operands by ldmatrix, rows by 128-bit cp.async where they are aligned."""
+    found = []
+    for name, body in kernels_of(cubins["class_scatter"][0]).items():
+        parameters = re.search(r"scatter_pairsILi(\d)ELi(\d)ELi(\d)E", name)
+        if parameters is None:
+            continue
+        dtype, vector, planes = map(int, parameters.groups())
+        found.append((dtype, vector, planes))
+        pairs = planes * (planes + 1) // 2  # of planes, times 4 × 4 products of 16 × 8
+        assert len(re.findall(r"\bHMMA\.16816\.F32\.BF16\b", body)) >= 16 * pairs, name
+        assert re.search(r"\bLDSM\.16\.MT88\.4\b", body), name
+        assert bool(re.search(r"\bLDGSTS\.\S*128\b", body)) == (vector > 1), name
+    assert sorted(found) == sorted(
+        (dtype, vector, planes)
+        for dtype, wide in ((0, 4), (2, 8), (3, 8))
+        for vector in (1, wide)
+        for planes in (1, 2, 3)
+    )

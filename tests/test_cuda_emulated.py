@@ -4,16 +4,21 @@ NCFAST_PTX_EMULATOR is the folder of the package `ptxemu`. The emulator checks t
 every access, and shared memory for races.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
 import sys
+import types
 
 import pytest
 import torch
 
 import ncfast
+from ncfast.ops import dispatch
 from ncfast.ops.class_scatter import class_scatter, shift_dtype
+
+from oracle import assert_within
 
 _cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
 from ncfast.ops.class_scatter import cuda  # noqa: E402
@@ -27,6 +32,14 @@ sys.path.append(EMULATOR)
 import ptxemu  # noqa: E402
 
 CSRC = pathlib.Path(__file__).parents[1] / "csrc"
+# Relative to the product of the columns' norms, what the planes leave out: the rounding of the lowest one
+# and the products that are dropped. bfloat16 rounds to 2⁻⁹.
+PRODUCTS = {"highest": 4 * 2.0**-25, "high": 3 * 2.0**-18, "medium": 2 * 2.0**-9 + 2.0**-18}
+KERNELS = {  # of each source, how their names begin
+    "class_moments": ("moments_", "digit_"),
+    "class_scatter": ("scatter_",),
+    "certify": ("certify_",),
+}
 
 SHAPES = [  # N, p, C
     (0, 3, 2),  # no rows: zeros are written all the same
@@ -45,38 +58,55 @@ SHAPES = [  # N, p, C
 def ptx():
     return {
         name: ptxemu.nvcc_ptx(str(CSRC / f"cuda/{name}.cu"), "sm_80", ["-std=c++17", f"-I{CSRC}"])
-        for name in ("class_moments", "certify")
+        for name in ("class_moments", "class_scatter", "certify")
     }
 
 
-def emulate(ptx, call, memory, race=True):
-    """Execute the plan of a call on its CPU addresses; the workspace starts as garbage."""
+def emulate(ptx, call, memory, race=True, grids=None):
+    """Execute the plan of a call on its CPU addresses; the workspace starts as garbage.
+
+    `grids` names kernels of which only so many blocks are to run.
+    """
     # One allocation's addresses are aligned to 64; the plan may ask for 256 and gets it.
     room = torch.full((_cuda.workspace(call) + 256,), 0xA5, dtype=torch.uint8)
     workspace = room[-room.data_ptr() % 256 :]
     ran = []
     for launch in _cuda.plan(call, workspace.data_ptr()):
         ran.append(launch.kernel)
+        grid = (grids or {}).get(launch.kernel, launch.grid)
+        if grid == 0:
+            continue
+        (source,) = (name for name, kernels in KERNELS.items() if launch.kernel.startswith(kernels))
         ptxemu.launch(
-            ptx,
-            launch.grid,
+            ptx[source],
+            grid,
             launch.block,
             [launch.parameters],
             kernel=launch.kernel,
+            shared=launch.shared,
             memory=[room, *memory],
             race=race,
         )
     return ran
 
 
-def moments(ptx, features, labels, shift, radii=True, ignore_index=-100, race=True):
+def execute(
+    ptx, features, labels, shift, scatter=False, radii=True, precision="high", ignore_index=-100, race=True
+):
+    """What `cuda.class_scatter` does, with the launch emulated and the results poisoned; also what ran."""
     result, call, read = cuda.describe(
-        features, labels, shift.to(shift_dtype(features.dtype)), radii, ignore_index
+        features,
+        labels,
+        shift.to(shift_dtype(features.dtype)),
+        scatter,
+        radii,
+        precision,
+        ignore_index,
     )
     outputs = [tensor for tensor in result if tensor is not None]
     for tensor in outputs:
         tensor.fill_(-1 if tensor.dtype == torch.int64 else torch.nan)
-    ran = emulate(ptx["class_moments"], call, [*read, *outputs], race)
+    ran = emulate(ptx, call, [*read, *outputs], race)
     return result, ran
 
 
@@ -91,11 +121,13 @@ def sample(N, p, C, dtype=torch.float32, seed=0):
     return features, labels, means + 0.5 * torch.randn(C, p, generator=generator)
 
 
-def assert_close(result, features, labels, shift, ignore_index=-100):
+def assert_close(result, features, labels, shift, ignore_index=-100, precision="high"):
     """Differences carry one rounding, u |h - k|; float64 adds N + p roundings of what was summed."""
     shift = shift.to(shift_dtype(features.dtype))
     with ncfast.use_backend("reference"):
-        truth = class_scatter(features, labels, shift, scatter=False, radii=True, ignore_index=ignore_index)
+        truth = class_scatter(
+            features, labels, shift, scatter=result.scatter is not None, radii=True, ignore_index=ignore_index
+        )
     assert torch.equal(result.counts, truth.counts)
     N, p = features.shape
     unit = 2.0**-53 if features.dtype == torch.float64 else 2.0**-24
@@ -110,13 +142,25 @@ def assert_close(result, features, labels, shift, ignore_index=-100):
         assert torch.equal(result.radii.isnan(), ~kept)
         bound = (relative + unit) * truth.radii[kept]
         assert ((result.radii[kept].double() - truth.radii[kept]).abs() <= bound).all()
+    if result.scatter is not None:
+        assert_scatter_close(result.scatter, truth.scatter, N, precision)
+
+
+def assert_scatter_close(scatter, truth, N, precision="high"):
+    norms = truth.diagonal().sqrt()
+    # Products of rounded planes, added in float32 for at most 2048 rows at a time, three of them per row.
+    bound = PRODUCTS[precision] + 2 * min(3 * N, 6144) * 2.0**-24
+    assert ((scatter - truth).abs() <= bound * norms[:, None] * norms).all()
+    # The diagonal is summed from exact squares: 4 of 32 rows by a warp, of at most 2048.
+    assert ((scatter - truth).diagonal().abs() <= (min(N, 256) + 8) * 2.0**-24 * norms.square()).all()
+    assert torch.equal(scatter, scatter.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_class_moments(ptx, shape, dtype):
     features, labels, shift = sample(*shape, dtype)
-    result, ran = moments(ptx, features, labels, shift, race=shape[0] < 1000)
+    result, ran = execute(ptx, features, labels, shift, race=shape[0] < 1000)
     assert_close(result, features, labels, shift)
     vector = 16 // dtype.itemsize if shape[1] * dtype.itemsize % 16 == 0 else 1
     assert shape[0] == 0 or any(name.endswith(f"ELi{vector}E") for name in ran)
@@ -128,7 +172,7 @@ def test_views(ptx, dtype):
     for start, stop, vector in ((0, 45, True), (1, 46, False), (8, 11, True)):
         wide, labels, shift = sample(40, 64, 3, dtype)
         features = wide[::2, start:stop]
-        result, ran = moments(ptx, features, labels[::2], shift[:, start:stop])
+        result, ran = execute(ptx, features, labels[::2], shift[:, start:stop])
         assert_close(result, features, labels[::2], shift[:, start:stop])
         assert any(name.endswith(f"ELi{16 // dtype.itemsize if vector else 1}E") for name in ran)
 
@@ -137,10 +181,10 @@ def test_labels(ptx):
     """int32, strided, another ignore_index; labels out of range are left out as well."""
     features, labels, shift = sample(60, 8, 4)
     narrow = torch.stack([labels.clamp(min=0), labels], 1).int()[:, 0]
-    result, _ = moments(ptx, features, narrow, shift, ignore_index=2)
+    result, _ = execute(ptx, features, narrow, shift, ignore_index=2)
     assert_close(result, features, narrow, shift, ignore_index=2)
     labels[::3], labels[1::3] = 4, -1
-    result, _ = moments(ptx, features, labels, shift, ignore_index=-5)
+    result, _ = execute(ptx, features, labels, shift, ignore_index=-5)
     out = torch.where((labels < 0) | (labels >= 4), -100, labels)
     assert_close(result, features, out, shift)
 
@@ -153,10 +197,10 @@ def test_long_runs(ptx):
     kept = torch.arange(7, N, 443)
     labels[kept] = torch.randint(0, C, kept.shape)
     shift = torch.randn(C, p)
-    result, call, read = cuda.describe(features, labels, shift, True, -100)
+    result, call, read = cuda.describe(features, labels, shift, False, True, "high", -100)
     (join,) = [launch for launch in _cuda.plan(call, 0) if launch.kernel == "moments_join"]
     assert join.grid == -(-N // 32) * -(-(p + 1) // 32)
-    emulate(ptx["class_moments"], call, [*read, *(t for t in result if t is not None)], race=False)
+    emulate(ptx, call, [*read, *(t for t in result if t is not None)], race=False)
     assert int(result.radii.isnan().sum()) == N - len(kept)
     assert_close(result._replace(radii=result.radii[kept]), features[kept], labels[kept], shift)
 
@@ -164,7 +208,7 @@ def test_long_runs(ptx):
 def test_ignored_rows_are_never_read(ptx):
     features, labels, shift = sample(60, 8, 4)
     features[labels == -100] = torch.nan
-    result, _ = moments(ptx, features, labels, shift, radii=False)
+    result, _ = execute(ptx, features, labels, shift, radii=False)
     assert result.sums.isfinite().all()
     assert result.radii is None
     assert_close(result, features.nan_to_num(), labels, shift)
@@ -172,27 +216,28 @@ def test_ignored_rows_are_never_read(ptx):
 
 def test_is_deterministic_and_translates(ptx):
     features, labels, shift = sample(100, 20, 3)
-    first, again = (moments(ptx, features, labels, shift)[0] for _ in range(2))
+    first, again = (execute(ptx, features, labels, shift)[0] for _ in range(2))
     for a, b in zip(first, again, strict=True):
         assert a is b or torch.equal(a.nan_to_num(), b.nan_to_num())
     # Integers about 2²⁰ are exact: translation changes no bit.
     exact, near = features.round(), shift.round()
-    here, _ = moments(ptx, exact, labels, near)
-    there, _ = moments(ptx, exact + 2**20, labels, near + 2**20)
+    here, _ = execute(ptx, exact, labels, near)
+    there, _ = execute(ptx, exact + 2**20, labels, near + 2**20)
     assert torch.equal(here.sums, there.sums)
     assert torch.equal(here.sumsq, there.sumsq)
 
 
 @pytest.mark.parametrize("withheld", [0, 1, 2])
-def test_every_bound_is_checked(ptx, withheld):
+@pytest.mark.parametrize("scatter", [False, True])
+def test_every_bound_is_checked(ptx, withheld, scatter):
     """The emulator is no rubber stamp: it refuses features, labels or a shift that end one row early."""
     inputs = [tensor.contiguous() for tensor in sample(16, 8, 2)]
     inputs[1].clamp_(min=0)
-    result, call, read = cuda.describe(*inputs, True, -100)
+    result, call, read = cuda.describe(*inputs, scatter, True, "high", -100)
     allowed = [tensor.numpy() for tensor in (*read, *(t for t in result if t is not None))]
     allowed[withheld] = allowed[withheld][:-1]
     with pytest.raises(ptxemu.PTXError, match="out-of-bounds"):
-        emulate(ptx["class_moments"], call, allowed)
+        emulate(ptx, call, allowed)
 
 
 @pytest.mark.parametrize("N", [0, 1, 31, 257, 1024, 2100])
@@ -224,7 +269,7 @@ def test_certify(ptx, N, dtype, rules):
         undecided=undecided.data_ptr(),
         counts=counts.data_ptr(),
     )
-    emulate(ptx["certify"], call, [radii, labels, gap, limits, undecided, counts])
+    emulate(ptx, call, [radii, labels, gap, limits, undecided, counts])
     used = ~radii.isnan() & (labels >= 0) & (labels < C)
     y = labels.clamp(0, C - 1)
     reach = radii.double() * (1 + 2.0**-20) + 2.0**-62 + gap[y]
@@ -238,7 +283,7 @@ def test_certify(ptx, N, dtype, rules):
 
 def test_the_bound_rejects_a_wrong_answer(ptx):
     features, labels, shift = sample(50, 8, 3)
-    result, _ = moments(ptx, features, labels, shift)
+    result, _ = execute(ptx, features, labels, shift)
     result.sums[1, 3] += 1e-3
     with pytest.raises(AssertionError):
         assert_close(result, features, labels, shift)
@@ -247,8 +292,147 @@ def test_the_bound_rejects_a_wrong_answer(ptx):
         assert_close(result, features, labels, shift)
 
 
-def test_only_without_the_scatter_and_only_on_cuda():
-    """The CPU's features are refused; the scatter is left to other backends rather than left out."""
+SCATTER_SHAPES = [  # N, p, C
+    (0, 3, 2),  # no rows: zeros are written all the same
+    (1, 1, 1),  # the smallest
+    (33, 129, 2),  # one above a tile of rows and of columns: three pairs, tails of one
+    (31, 128, 40),  # one below a tile of rows; C > N
+    (600, 131, 3),  # two splits
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SCATTER_SHAPES, ids=str)
+def test_class_scatter(ptx, shape, dtype):
+    features, labels, shift = sample(*shape, dtype)
+    result, ran = execute(ptx, features, labels, shift, scatter=True)
+    assert_close(result, features, labels, shift)
+    vector = 16 // dtype.itemsize if shape[1] * dtype.itemsize % 16 == 0 else 1
+    assert any(name.startswith("scatter_pairs") and name.endswith(f"ELi{vector}ELi2E") for name in ran)
+    assert ran[-1] == "scatter_reduce"
+
+
+@pytest.mark.parametrize("precision", PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_class_scatter_precisions(ptx, precision, dtype):
+    features, labels, shift = sample(70, 136, 4, dtype)  # a tail of 8 columns, aligned
+    result, ran = execute(ptx, features, labels, shift, scatter=True, precision=precision)
+    assert_close(result, features, labels, shift, precision=precision)
+    assert any(name.endswith(f"ELi{cuda._PLANES[precision]}E") for name in ran)
+
+
+def test_class_scatter_flushes(ptx):
+    """Sums over more than 2048 rows leave float32 in between: one split, whose first tile is emulated."""
+    N, p, C, pairs, cells = 2100, 23 * 128 + 1, 2, 300, 64
+    features, labels, shift = sample(N, p, C)
+    labels.clamp_(min=0)
+    result, call, read = cuda.describe(features, labels, shift, True, False, "high", -100)
+    (launch,) = [one for one in _cuda.plan(call, 0) if one.kernel.startswith("scatter_pairs")]
+    assert launch.grid == pairs
+    grids = {launch.kernel: 1, "scatter_reduce": cells, "moments_rowsILi0ELi1E": 0, "moments_join": 0}
+    emulate(ptx, call, [*read, *(t for t in result if t is not None)], grids=grids)
+    part = result._replace(scatter=result.scatter[:128, :128], radii=None)
+    with ncfast.use_backend("reference"):
+        truth = class_scatter(features[:, :128], labels, shift[:, :128])
+    assert_scatter_close(part.scatter, truth.scatter, N)
+
+
+def test_class_scatter_views(ptx):
+    """Rows padded to 16 bytes with an odd p, rows off by an element; int32 labels, some out of range."""
+    for start, stop, vector in ((0, 45, 4), (1, 46, 1)):
+        wide, labels, shift = sample(80, 64, 3)
+        labels[5], labels[6] = 3, -1
+        features, own = wide[::2, start:stop], labels[::2].int()
+        out = torch.where((own < 0) | (own >= 3), -100, own)
+        result, ran = execute(ptx, features, own, shift[:, start:stop], scatter=True)
+        assert_close(result, features, out, shift[:, start:stop])
+        assert any(name.endswith(f"ELi{vector}ELi2E") for name in ran)
+
+
+def test_class_scatter_deep_collapse(ptx):
+    """Within-class noise of 1e-5 about means of norm 100: centred before anything is rounded or squared."""
+    _, labels, _ = sample(90, 40, 3)
+    means = 10 * torch.randn(3, 40)
+    features = means[labels.clamp(min=0)] + 1e-4 * torch.randn(90, 40)
+    shift = torch.stack([features[labels == c][0] for c in range(3)])
+    result, _ = execute(ptx, features, labels, shift, scatter=True)
+    assert_close(result, features, labels, shift)
+
+
+def test_class_scatter_is_deterministic(ptx):
+    inputs = sample(600, 140, 3)
+    first, again = (execute(ptx, *inputs, scatter=True, race=False)[0] for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_through_the_public_call(ptx, monkeypatch):
+    """`ncfast.class_scatter` and `ClassStatistics` on this backend, all but the launch itself."""
+    tensors = []
+    described = cuda.describe
+
+    def describe(*arguments):
+        result, call, read = described(*arguments)
+        tensors[:] = [*read, *(tensor for tensor in result if tensor is not None)]
+        return result, call, read
+
+    monkeypatch.setattr(cuda, "describe", describe)
+    monkeypatch.setattr(cuda, "refuses", lambda _: None)
+    monkeypatch.setattr(cuda, "run", lambda call, _: emulate(ptx, call, tensors))
+    features, labels, shift = sample(50, 20, 3)
+    with ncfast.use_backend("cuda"), dispatch.record() as ran:
+        result = class_scatter(features, labels, shift, radii=True)
+        thin = class_scatter(features.double(), labels, shift, scatter=False)
+        stats = ncfast.ClassStatistics(3, 20)
+        stats.update(features, labels)
+        stats.update(features.bfloat16(), labels)
+    assert ran == [("class_scatter", "cuda")] * 4
+    assert_close(result, features, labels, shift)
+    assert_close(thin, features.double(), labels, shift)
+    with ncfast.use_backend("reference"):
+        other = ncfast.ClassStatistics(3, 20)
+        other.update(features, labels)
+        other.update(features.bfloat16(), labels)
+    assert torch.equal(stats.counts, other.counts)
+    assert_within(stats.means, other.means, 1e-6)
+    scale = float(other.within_covariance.diagonal().max())
+    assert_within(stats.within_covariance, other.within_covariance, 2 * PRODUCTS["high"] * scale)
+
+
+def test_run_launches_the_plan_on_the_current_stream(monkeypatch):
+    """Without a GPU: the plan of the call, a workspace as large as it needs, the device's current stream."""
+    device = torch.device("cpu")
+    entered, launched, rooms = [], [], []
+    stream = types.SimpleNamespace(device=types.SimpleNamespace(index=3), cuda_stream=77)
+    empty = torch.empty
+
+    def allocate(*shape, **options):
+        rooms.append(empty(*shape, **options))
+        return rooms[-1]
+
+    monkeypatch.setattr(torch.cuda, "device", lambda d: entered.append(d) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    features, labels, shift = sample(300, 8, 3)
+    for scatter in (False, True):
+        _, call, _ = cuda.describe(features, labels, shift, scatter, True, "high", -100)
+        with monkeypatch.context() as patch:
+            patch.setattr(_cuda, "run", lambda plan, index, at: launched.append((plan, index, at)))
+            patch.setattr(torch, "empty", allocate)
+            cuda.run(call, device)
+        plan, index, at = launched.pop()
+        assert (entered.pop(), index, at) == (device, 3, 77)
+        assert rooms[-1].numel() == _cuda.workspace(call)
+        expected = _cuda.plan(call, rooms[-1].data_ptr())
+        assert [(launch.kernel, launch.grid, launch.shared) for launch in plan] == [
+            (launch.kernel, launch.grid, launch.shared) for launch in expected
+        ]
+
+
+def test_what_it_takes():
+    """The CPU's features are refused, float64 products left to the reference."""
     assert "cpu" in cuda.refuses(torch.zeros(1, 1))
-    assert cuda.lacks() == cuda.lacks(scatter=True) == "it has no scatter"
-    assert cuda.lacks(scatter=False) is None
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert cuda.lacks(torch.zeros(1, 1, dtype=dtype)) is None
+    wide = torch.zeros(1, 1, dtype=torch.float64)
+    assert "float64" in cuda.lacks(wide)
+    assert cuda.lacks(wide, scatter=False) is None

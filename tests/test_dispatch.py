@@ -52,7 +52,8 @@ def test_unknown_names_are_refused(monkeypatch):
 @pytest.mark.parametrize("operation", ["class_scatter", "affine_argmax", "pair_geometry"])
 def test_explain_names_what_runs(operation):
     lines = dict(dispatch.explain(operation, FEATURES))
-    assert tuple(lines) == dispatch.BACKENDS
+    assert tuple(lines) == dispatch.preference(operation)
+    assert sorted(lines) == sorted(dispatch.BACKENDS)
     assert list(lines.values()).count("runs") == 1
     with ncfast.use_backend("reference"):
         forced = dict(dispatch.explain(operation, FEATURES))
@@ -66,10 +67,10 @@ def test_explain_agrees_with_what_ran():
 
 
 def test_a_backend_that_lacks_an_option_is_passed_over(monkeypatch):
-    backend = dispatch._module("class_scatter", dispatch.explain("class_scatter", FEATURES)[2][0])
+    backend = dispatch._module("class_scatter", dispatch.pick("class_scatter", FEATURES))
     assert backend.__name__.endswith(".cpu")
     monkeypatch.setattr(
-        backend, "lacks", lambda scatter=True: "no scatter" if scatter else None, raising=False
+        backend, "lacks", lambda _, scatter=True: "no scatter" if scatter else None, raising=False
     )
     assert run() == [("class_scatter", "reference")]
     with dispatch.record() as ran:
@@ -77,6 +78,14 @@ def test_a_backend_that_lacks_an_option_is_passed_over(monkeypatch):
     assert ran == [("class_scatter", "cpu")]
     with ncfast.use_backend("cpu"), pytest.raises(RuntimeError, match="no scatter"):
         run()
+
+
+def test_the_scatter_has_an_order_of_its_own():
+    assert dispatch.preference("class_scatter")[0] == "triton"
+    assert dispatch.preference("class_scatter", scatter=False) == dispatch.BACKENDS
+    assert dispatch.preference("affine_argmax") == dispatch.BACKENDS
+    lines = dispatch.explain("class_scatter", FEATURES, scatter=False)
+    assert tuple(backend for backend, _ in lines) == dispatch.BACKENDS
 
 
 def test_recording_is_local_and_ends():

@@ -9,6 +9,7 @@
 
 #include "cuda/certify.h"
 #include "cuda/class_moments.h"
+#include "cuda/class_scatter.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
@@ -52,6 +53,10 @@ ncfast::ClassMoments class_moments(int64_t N, int64_t p, int64_t C, const std::s
           at<void>(radii)};
 }
 
+ncfast::ClassScatter class_scatter(const ncfast::ClassMoments& moments, int planes, Address scatter) {
+  return {moments, planes, at<double>(scatter)};
+}
+
 ncfast::Certify certify(int64_t N, int64_t C, Address radii, int radius_size, Address labels, int label_size,
                         int64_t label_bytes, Address gap, Address first, Address second, double scale,
                         double offset, Address undecided, Address counts) {
@@ -60,40 +65,41 @@ ncfast::Certify certify(int64_t N, int64_t C, Address radii, int radius_size, Ad
           scale,      offset,      at<int64_t>(undecided), at<int64_t>(counts)};
 }
 
+template <class Call, std::vector<ncfast::Launch> (*make)(const Call&, void*)>
+std::vector<ncfast::Launch> plan(const Call& call, Address workspace) {
+  return make(call, at<void>(workspace));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA kernels of ncfast, by address: a call is described, planned and run.";
   py::class_<ncfast::ClassMoments>(m, "ClassMoments");
+  py::class_<ncfast::ClassScatter>(m, "ClassScatter");
   py::class_<ncfast::Certify>(m, "Certify");
   m.def("class_moments", &class_moments, "N"_a, "p"_a, "C"_a, "dtype"_a, "features"_a, "row_bytes"_a,
         "labels"_a, "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "counts"_a, "sums"_a,
         "sumsq"_a, "radii"_a);
+  m.def("class_scatter", &class_scatter, "moments"_a, "planes"_a, "scatter"_a);
   m.def("certify", &certify, "N"_a, "C"_a, "radii"_a, "radius_size"_a, "labels"_a, "label_size"_a,
         "label_bytes"_a, "gap"_a, "first"_a, "second"_a, "scale"_a, "offset"_a, "undecided"_a, "counts"_a);
 
   m.def("workspace", &ncfast::class_moments_workspace, "call"_a, "Bytes of device memory that `plan` needs.");
+  m.def("workspace", &ncfast::class_scatter_workspace, "call"_a);
   m.def("workspace", &ncfast::certify_workspace, "call"_a);
 
   py::class_<ncfast::Launch>(m, "Launch")
       .def_readonly("kernel", &ncfast::Launch::kernel)
       .def_readonly("grid", &ncfast::Launch::grid)
       .def_readonly("block", &ncfast::Launch::block)
+      .def_readonly("shared", &ncfast::Launch::shared)
       .def_property_readonly("parameters", [](const ncfast::Launch& launch) {
         return py::bytes(launch.parameters.data(), launch.parameters.size());
       });
-  m.def(
-      "plan",
-      [](const ncfast::ClassMoments& call, Address workspace) {
-        return ncfast::class_moments_plan(call, at<void>(workspace));
-      },
-      "call"_a, "workspace"_a, "The kernels to launch; needs no GPU.");
-  m.def(
-      "plan",
-      [](const ncfast::Certify& call, Address workspace) {
-        return ncfast::certify_plan(call, at<void>(workspace));
-      },
-      "call"_a, "workspace"_a);
+  const char* about = "The kernels to launch; needs no GPU.";
+  m.def("plan", &plan<ncfast::ClassMoments, ncfast::class_moments_plan>, "call"_a, "workspace"_a, about);
+  m.def("plan", &plan<ncfast::ClassScatter, ncfast::class_scatter_plan>, "call"_a, "workspace"_a, about);
+  m.def("plan", &plan<ncfast::Certify, ncfast::certify_plan>, "call"_a, "workspace"_a, about);
   m.def(
       "run",
       [](const std::vector<ncfast::Launch>& plan, int device, Address stream) {

@@ -9,7 +9,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kFull = 0xffffffffu;
 
-inline int64_t cover(int64_t n, int64_t step) { return (n + step - 1) / step; }
+__host__ __device__ inline int64_t cover(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
 // The sum of `value` over the threads before this one; *total gets the sum over all. Every thread calls it.
 __device__ inline unsigned scan_block(unsigned value, unsigned* total) {

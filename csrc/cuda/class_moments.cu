@@ -4,6 +4,7 @@
 
 #include "cuda/block.cuh"
 #include "cuda/class_moments.h"
+#include "cuda/element.cuh"
 
 namespace ncfast {
 namespace {
@@ -160,41 +161,6 @@ __global__ void __launch_bounds__(kThreads) moments_bounds(const Moments m) {
   for (int64_t j = threadIdx.x % 32; j < m.p; j += 32) m.sums[c * m.p + j] = 0;
   if (threadIdx.x % 32 == 0) m.sumsq[c] = 0;
 }
-
-template <Dtype>
-struct Element;
-
-template <>
-struct Element<Dtype::float32> {
-  using Stored = float;
-  using Real = float;
-  __device__ static float real(float x) { return x; }
-};
-
-template <>
-struct Element<Dtype::float64> {
-  using Stored = double;
-  using Real = double;
-  __device__ static double real(double x) { return x; }
-};
-
-template <>
-struct Element<Dtype::bfloat16> {
-  using Stored = uint16_t;
-  using Real = float;
-  __device__ static float real(uint16_t x) { return __uint_as_float(static_cast<unsigned>(x) << 16); }
-};
-
-template <>
-struct Element<Dtype::float16> {
-  using Stored = uint16_t;
-  using Real = float;
-  __device__ static float real(uint16_t x) {
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
-    return wide;
-  }
-};
 
 template <class Stored, int kVector>
 struct Piece {
@@ -371,8 +337,6 @@ void add_rows(std::vector<Launch>* plan, bool aligned, int64_t grid, const Momen
   }
 }
 
-int element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
-
 // Threads per row: the power of two that leaves the fewest idle, at least a warp's worth of what there is.
 int team_of(int64_t pieces) {
   int best = 1;
@@ -391,17 +355,15 @@ int run_of(int64_t N, int team) {
   return run;
 }
 
-bool aligned(const ClassMoments& call) {
-  return reinterpret_cast<uintptr_t>(call.features) % 16 == 0 && call.row_bytes % 16 == 0;
-}
-
 struct Workspace {
   unsigned *keys[2], *rows[2], *before, *totals, *starts;
   double* partials;
   int64_t tiles, runs, bytes;
   int team, run;
+  int passes = 0;  // of the sort, from one side to the other
 
   Workspace(const ClassMoments& call, void* memory) {
+    while (passes == 0 || call.C >> 8 * passes != 0) passes++;
     team = team_of(cover(call.p, aligned(call) ? 16 / element_bytes(call.dtype) : 1));
     run = run_of(call.N, team);
     tiles = cover(call.N, kTile);
@@ -423,6 +385,11 @@ struct Workspace {
 
 int64_t class_moments_workspace(const ClassMoments& call) { return Workspace(call, nullptr).bytes; }
 
+ClassOrder class_moments_order(const ClassMoments& call, void* workspace) {
+  const Workspace w(call, workspace);
+  return {w.keys[w.passes % 2], w.rows[w.passes % 2], w.starts};
+}
+
 std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace) {
   const Workspace w(call, workspace);
   std::vector<Launch> plan;
@@ -430,16 +397,15 @@ std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace
                          call.label_size, call.label_bytes, call.ignore_index,
                          w.keys[0],       call.radii,       call.dtype == Dtype::float64};
   add(&plan, "moments_encode", &moments_encode, cover(call.N, kThreads), kThreads, encode);
-  int side = 0;
-  for (int bit = 0; bit == 0 || call.C >> bit != 0; bit += 8) {
-    const Sort sort = {
-        call.N,        w.tiles,       bit,      w.keys[side], bit == 0 ? nullptr : w.rows[side],
-        w.keys[!side], w.rows[!side], w.before, w.totals};
+  for (int pass = 0; pass < w.passes; pass++) {
+    const int from = pass % 2, to = !from;
+    const Sort sort = {call.N,     w.tiles,    8 * pass, w.keys[from], pass == 0 ? nullptr : w.rows[from],
+                       w.keys[to], w.rows[to], w.before, w.totals};
     add(&plan, "digit_count", &digit_count, w.tiles, kThreads, sort);
     add(&plan, "digit_scan", &digit_scan, w.tiles == 0 ? 0 : kDigits, kThreads, sort);
     add(&plan, "digit_scatter", &digit_scatter, w.tiles, kThreads, sort);
-    side = !side;
   }
+  const int side = w.passes % 2;
   const Moments m = {call.N,         call.p,     call.C,       static_cast<const char*>(call.features),
                      call.row_bytes, call.shift, call.counts,  call.sums,
                      call.sumsq,     call.radii, w.keys[side], w.rows[side],

@@ -19,11 +19,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "cuda/dtype.h"
 #include "cuda/launch.h"
 
 namespace ncfast {
-
-enum class Dtype { float32, float64, bfloat16, float16 };
 
 struct ClassMoments {
   int64_t N, p, C;  // N < 2^31, C < 2^32 - 1
@@ -43,10 +42,23 @@ struct ClassMoments {
   void* radii;  // [N] |h - k_y|, NaN for a row left out; float64 when the features are, else float32; or null
 };
 
+// Whether rows can be read 16 bytes at a time.
+inline bool aligned(const ClassMoments& call) {
+  return reinterpret_cast<uintptr_t>(call.features) % 16 == 0 && call.row_bytes % 16 == 0;
+}
+
 // Bytes of device memory, aligned to 256, that the plan needs beside its outputs.
 int64_t class_moments_workspace(const ClassMoments& call);
 
 // Reads no device memory.
 std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace);
+
+// What the plan leaves in its workspace for plans after it.
+struct ClassOrder {
+  const unsigned* keys;    // [N] labels in ascending order, C for the rows left out
+  const unsigned* rows;    // [N] the rows in that order, those of a class in their own
+  const unsigned* starts;  // [C + 1] the first place of each class, and of the rows left out
+};
+ClassOrder class_moments_order(const ClassMoments& call, void* workspace);
 
 }  // namespace ncfast

@@ -6,6 +6,8 @@
 
 namespace ncfast {
 
+constexpr int kSharedByDefault = 48 * 1024;
+
 static void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
 }
@@ -13,9 +15,13 @@ static void check(cudaError_t error, const std::string& what) {
 void run(const std::vector<Launch>& plan, int device, void* stream) {
   check(cudaSetDevice(device), "cudaSetDevice");
   for (const Launch& launch : plan) {
+    if (launch.shared > kSharedByDefault) {
+      check(cudaFuncSetAttribute(launch.function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared),
+            launch.kernel);
+    }
     void* arguments[] = {const_cast<char*>(launch.parameters.data())};
     check(cudaLaunchKernel(launch.function, dim3(static_cast<unsigned>(launch.grid)), dim3(launch.block),
-                           arguments, 0, static_cast<cudaStream_t>(stream)),
+                           arguments, launch.shared, static_cast<cudaStream_t>(stream)),
           launch.kernel);
   }
 }

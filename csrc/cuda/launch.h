@@ -14,16 +14,17 @@ struct Launch {
   const void* function;  // the kernel's handle for the CUDA runtime
   int64_t grid;
   int block;
+  int shared;                    // bytes of dynamic shared memory
   std::vector<char> parameters;  // its one argument, a struct
 };
 
 template <class Parameters>
 void add(std::vector<Launch>* plan, const std::string& kernel, void (*function)(Parameters), int64_t grid,
-         int block, const Parameters& parameters) {
+         int block, const Parameters& parameters, int shared = 0) {
   static_assert(std::is_trivially_copyable_v<Parameters>);
   if (grid == 0) return;
   const char* bytes = reinterpret_cast<const char*>(&parameters);
-  plan->push_back({kernel, reinterpret_cast<const void*>(function), grid, block,
+  plan->push_back({kernel, reinterpret_cast<const void*>(function), grid, block, shared,
                    std::vector<char>(bytes, bytes + sizeof(Parameters))});
 }
 

@@ -2,7 +2,8 @@
 
 A backend of an operation is a module `ncfast.ops.<operation>.<backend>` with two functions: the operation
 itself, and `refuses(features) -> str | None`, which says why it cannot take these features (None: it can).
-One that does less than the operation also has `lacks(**options) -> str | None`, about a call's options.
+One that does less than the operation also has `lacks(features, **options) -> str | None`, about the options
+of a call.
 Nothing is picked by trying and catching: a backend runs when the machine has it and it does not refuse.
 """
 
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference, but for those of `PREFERRED`
 GPU_BACKENDS = ("cuda", "triton")
+# By the estimate of csrc/cuda/README.md, until a GPU has decided: Triton reads the features once, CUDA twice.
+PREFERRED = {"class_scatter": ("triton", "cuda", "cpu", "reference")}  # with the scatter
 
 _forced: ContextVar[str | None] = ContextVar("ncfast_forced_backend", default=None)
 _recording: ContextVar[list[tuple[str, str]] | None] = ContextVar("ncfast_recording", default=None)
@@ -67,7 +70,7 @@ def select(
 def pick(operation: str, features: torch.Tensor, **options: Any) -> str:
     """Return the name of the backend that `select` would pick."""
     forced = forced_backend()
-    for backend in (forced,) if forced else BACKENDS:
+    for backend in (forced,) if forced else preference(operation, **options):
         reason = refusal(operation, backend, features, **options)
         if reason is None:
             return backend
@@ -76,11 +79,16 @@ def pick(operation: str, features: torch.Tensor, **options: Any) -> str:
     raise AssertionError("the reference never refuses")
 
 
-def explain(operation: str, features: torch.Tensor) -> list[tuple[str, str]]:
+def preference(operation: str, **options: Any) -> tuple[str, ...]:
+    """Return all backends, the preferred one first."""
+    return PREFERRED.get(operation, BACKENDS) if options.get("scatter", True) else BACKENDS
+
+
+def explain(operation: str, features: torch.Tensor, **options: Any) -> list[tuple[str, str]]:
     """Say of every backend, in order of preference, why it would or would not run `operation` here."""
     forced, picked, lines = forced_backend(), False, []
-    for backend in BACKENDS:
-        reason = refusal(operation, backend, features)
+    for backend in preference(operation, **options):
+        reason = refusal(operation, backend, features, **options)
         if forced and backend != forced:
             reason = f"backend {forced!r} is forced"
         elif reason is None and picked:
@@ -122,7 +130,7 @@ def refusal(operation: str, backend: str, features: torch.Tensor, **options: Any
         return "takes CPU tensors only when forced, for tests"
     reason = unavailable(backend) or _module(operation, backend).refuses(features)
     lacks = None if reason else getattr(_module(operation, backend), "lacks", None)
-    return lacks(**options) if lacks else reason
+    return lacks(features, **options) if lacks else reason
 
 
 @functools.cache

@@ -1,10 +1,12 @@
-"""class_scatter without the scatter, in CUDA C++ (csrc/cuda/class_moments.h): rows in class order."""
+"""class_scatter in CUDA C++ (csrc/cuda/class_moments.h and class_scatter.h): rows in class order."""
 
 from typing import Any
 
 import torch
 
 from ncfast.ops.class_scatter import ClassScatter, shift_dtype
+
+_PLANES = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 for a float32
 
 
 def refuses(features: torch.Tensor) -> str | None:
@@ -14,9 +16,11 @@ def refuses(features: torch.Tensor) -> str | None:
     return None if features.shape[0] < 2**31 else "there are 2³¹ rows or more"
 
 
-def lacks(*, scatter: bool = True) -> str | None:
-    """The multiply stage is not written."""
-    return "it has no scatter" if scatter else None
+def lacks(features: torch.Tensor, *, scatter: bool = True) -> str | None:
+    """The products are of bfloat16."""
+    if scatter and features.dtype == torch.float64:
+        return "float64 features are left to the float64 reference, whose products are the vendor's GEMM"
+    return None
 
 
 def class_scatter(
@@ -26,23 +30,33 @@ def class_scatter(
     *,
     scatter: bool = True,
     radii: bool = False,
-    precision: str = "high",  # noqa: ARG001 (of products there are none)
+    precision: str = "high",
     ignore_index: int = -100,
 ) -> ClassScatter:
-    """Compute `ncfast.ops.class_scatter` with scatter=False, without waiting for the device."""
-    import ncfast._cuda as _cuda
-
-    assert not scatter
-    result, call, _ = describe(features, labels, shift, radii, ignore_index)
-    workspace = torch.empty(_cuda.workspace(call), dtype=torch.uint8, device=features.device)
-    with torch.cuda.device(features.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        _cuda.run(_cuda.plan(call, workspace.data_ptr()), features.device.index, stream)
+    """Compute `ncfast.ops.class_scatter`; a label outside [0, C) is left out. Never synchronises."""
+    result, call, _ = describe(features, labels, shift, scatter, radii, precision, ignore_index)
+    run(call, features.device)
     return result
 
 
+def run(call: Any, device: torch.device) -> None:
+    """Enqueue the kernels of a call on the current stream of its device."""
+    import ncfast._cuda as _cuda
+
+    with torch.cuda.device(device):
+        workspace = torch.empty(_cuda.workspace(call), dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream()
+        _cuda.run(_cuda.plan(call, workspace.data_ptr()), stream.device.index, stream.cuda_stream)
+
+
 def describe(
-    features: torch.Tensor, labels: torch.Tensor, shift: torch.Tensor, radii: bool, ignore_index: int
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    shift: torch.Tensor,
+    scatter: bool,
+    radii: bool,
+    precision: str,
+    ignore_index: int,
 ) -> tuple[ClassScatter, Any, tuple[torch.Tensor, ...]]:
     """Allocate the results: them, the call that fills them, and the tensors that it reads.
 
@@ -58,7 +72,7 @@ def describe(
         counts=torch.empty(C, dtype=torch.int64, device=device),
         sums=torch.empty(C, p, dtype=torch.float64, device=device),
         sumsq=torch.empty(C, dtype=torch.float64, device=device),
-        scatter=None,
+        scatter=torch.empty(p, p, dtype=torch.float64, device=device) if scatter else None,
         radii=torch.empty(N, dtype=shift_dtype(features.dtype), device=device) if radii else None,
     )
     call = _cuda.class_moments(
@@ -78,4 +92,6 @@ def describe(
         sumsq=result.sumsq.data_ptr(),
         radii=0 if result.radii is None else result.radii.data_ptr(),
     )
+    if result.scatter is not None:
+        call = _cuda.class_scatter(call, planes=_PLANES[precision], scatter=result.scatter.data_ptr())
     return result, call, (features, labels, shift)
