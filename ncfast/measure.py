@@ -15,6 +15,7 @@ import torch
 from ncfast.collapse import CollapseReport, check_classifier, check_global_mean, collapse_and_distances
 from ncfast.ops import dispatch
 from ncfast.ops.affine_argmax import affine_argmax, center_rule
+from ncfast.ops.certify import certify
 from ncfast.ops.class_scatter import (
     check_features,
     check_label_range,
@@ -281,16 +282,17 @@ class _Decisions:
         self.present = (~means[:, 0].isnan()).nonzero().squeeze(1)
         everyone = len(self.present) == len(means)
         self.anchors = means if everyone else means[self.present]
-        # An absent class certifies nothing.
-        self.radius = means.new_full((len(means),), -torch.inf)
+        nothing = means.new_full((len(means),), -torch.inf)  # is what an absent class certifies
+        self.limits = [nothing]
         if certificates:
-            radii = decision_radius(weight, self.bias, self.anchors, self.present)
+            radii = [decision_radius(weight, self.bias, self.anchors, self.present)]
             if nearest_center:
-                radii = torch.minimum(radii, 0.5 * distances)
+                radii.append(0.5 * distances)
             norms = self.anchors.norm(dim=1)
             # The distances are of means less μ_G, which is no larger than the largest of them.
-            slack = (means.shape[1] + 4) * 2.0**-52 * (norms + norms.max() + radii.abs())
-            self.radius[self.present] = torch.where(radii.isinf(), radii, radii - slack)
+            slack = [(means.shape[1] + 4) * 2.0**-52 * (norms + norms.max() + own.abs()) for own in radii]
+            lower = [own.where(own.isinf(), own - lost) for own, lost in zip(radii, slack, strict=True)]
+            self.limits = [nothing.index_copy(0, self.present, own) for own in lower]
 
     @functools.cached_property
     def rules(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -308,12 +310,15 @@ class _Decisions:
     ) -> _Tally:
         """Decide the rows whose `radii` [N], ‖h − k_y‖, are no NaN; `gap` [C] is ‖k_c − μ_c‖."""
         p = features.shape[1]
-        used = ~radii.isnan()
-        y = torch.where(used, labels, 0)
         # p float32 squares were added, of differences rounded once; squares below 2⁻¹⁴⁹ were lost.
-        reach = radii.double() * (1 + (p + 8) * 2.0**-24) + p**0.5 * 2.0**-62
-        certified = used & (reach + gap[y] * (1 + (p + 8) * 2.0**-52) < self.radius[y])
-        rows = (used & ~certified).nonzero().squeeze(1)
+        total, _, rows = certify(
+            radii,
+            labels,
+            gap * (1 + (p + 8) * 2.0**-52),
+            self.limits,
+            scale=1 + (p + 8) * 2.0**-24,
+            offset=p**0.5 * 2.0**-62,
+        )
         correct = disagreeing = 0
         everyone = len(rows) == len(features)
         parts = [rows] if everyone else rows.split(max(1, _GATHERED // p))
@@ -324,7 +329,6 @@ class _Decisions:
             correct += int((by_classifier == labels[part]).sum())
             if by_center:
                 disagreeing += int((by_classifier != self.present[by_center[0]]).sum())
-        total = int(used.sum())
         return _Tally(total, total - len(rows), total - len(rows) + correct, disagreeing)
 
     def count_new(

@@ -21,6 +21,9 @@ from ncfast.ops.class_scatter import class_scatter, shift_dtype
 from oracle import assert_within
 
 _cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
+from ncfast.ops import launch as launching  # noqa: E402
+from ncfast.ops.certify import certify  # noqa: E402
+from ncfast.ops.certify import cuda as certify_cuda  # noqa: E402
 from ncfast.ops.class_scatter import cuda  # noqa: E402
 
 EMULATOR = os.environ.get("NCFAST_PTX_EMULATOR", "")
@@ -244,7 +247,46 @@ def test_every_bound_is_checked(ptx, withheld, scatter):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rules", [1, 2])
 def test_certify(ptx, N, dtype, rules):
-    """Exactly the decisions of the same arithmetic in torch, in order."""
+    """Exactly the reference's decisions, in order; what lies behind them stays as it was."""
+    inputs, options = certificates(N, dtype, rules), {"scale": 1 + 2.0**-20, "offset": 2.0**-62}
+    undecided, counts, call, read = certify_cuda.describe(*inputs, *options.values())
+    undecided.fill_(-1)
+    counts.fill_(-1)
+    emulate(ptx, call, [*read, undecided, counts])
+    with ncfast.use_backend("reference"):
+        total, decided, rest = certify(*inputs, **options)
+    assert counts.tolist() == [total, *decided, *[0] * (2 - rules), len(rest)]
+    assert torch.equal(undecided[: len(rest)], rest)
+    assert (undecided[len(rest) :] == -1).all()
+
+
+def test_certify_through_its_room(ptx, monkeypatch):
+    """int32 labels that are strided, and limits that are not contiguous."""
+    radii, labels, gap, limits = certificates(300, torch.float32, 2)
+    labels = torch.stack([labels, labels], 1).int()[:, 1]
+    limits = list(torch.stack(limits, 1).unbind(1))
+    tensors, described = [], certify_cuda.describe
+
+    def describe(*arguments):
+        undecided, counts, call, read = described(*arguments)
+        tensors[:] = [*read, undecided, counts]
+        return undecided, counts, call, read
+
+    monkeypatch.setattr(certify_cuda, "describe", describe)
+    monkeypatch.setattr(certify_cuda, "refuses", lambda _: None)
+    monkeypatch.setattr(certify_cuda, "run", lambda call, _: emulate(ptx, call, tensors))
+    for rules in (limits, limits[:1]):
+        with ncfast.use_backend("cuda"), dispatch.record() as ran:
+            got = certify(radii, labels, gap, rules, offset=0.01)
+        assert ran == [("certify", "cuda")]
+        with ncfast.use_backend("reference"):
+            want = certify(radii, labels, gap, rules, offset=0.01)
+        assert got[:2] == want[:2]
+        assert torch.equal(got.undecided, want.undecided)
+
+
+def certificates(N, dtype, rules):
+    """Radii, labels, gaps and limits with everything in them: rows and labels out of use, infinite limits."""
     C, generator = 5, torch.Generator().manual_seed(N)
     radii = torch.rand(N, generator=generator).to(dtype)
     radii[torch.rand(N, generator=generator) < 0.2] = torch.nan
@@ -252,33 +294,7 @@ def test_certify(ptx, N, dtype, rules):
     gap = 0.1 * torch.rand(C, dtype=torch.float64, generator=generator)
     limits = torch.rand(rules, C, dtype=torch.float64, generator=generator) + 0.2
     limits[0, 1], limits[0, 2] = torch.inf, -torch.inf
-    undecided, counts = torch.full((N,), -1), torch.full((4,), -1)
-    call = _cuda.certify(
-        N=N,
-        C=C,
-        radii=radii.data_ptr(),
-        radius_size=radii.element_size(),
-        labels=labels.data_ptr(),
-        label_size=8,
-        label_bytes=8,
-        gap=gap.data_ptr(),
-        first=limits[0].data_ptr(),
-        second=limits[1].data_ptr() if rules == 2 else 0,
-        scale=1 + 2.0**-20,
-        offset=2.0**-62,
-        undecided=undecided.data_ptr(),
-        counts=counts.data_ptr(),
-    )
-    emulate(ptx, call, [radii, labels, gap, limits, undecided, counts])
-    used = ~radii.isnan() & (labels >= 0) & (labels < C)
-    y = labels.clamp(0, C - 1)
-    reach = radii.double() * (1 + 2.0**-20) + 2.0**-62 + gap[y]
-    decided = used & (reach < limits[:, y])  # [rules, N]
-    rest = (used & ~decided.all(0)).nonzero().squeeze(1)
-    by_second = int(decided[1].sum()) if rules == 2 else 0
-    assert counts.tolist() == [int(used.sum()), int(decided[0].sum()), by_second, len(rest)]
-    assert torch.equal(undecided[: len(rest)], rest)
-    assert (undecided[len(rest) :] == -1).all()
+    return radii, labels, gap, list(limits)
 
 
 def test_the_bound_rejects_a_wrong_answer(ptx):
@@ -418,7 +434,7 @@ def test_run_launches_the_plan_on_the_current_stream(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(_cuda, "run", lambda plan, index, at: launched.append((plan, index, at)))
             patch.setattr(torch, "empty", allocate)
-            cuda.run(call, device)
+            launching.run(call, device)
         plan, index, at = launched.pop()
         assert (entered.pop(), index, at) == (device, 3, 77)
         assert rooms[-1].numel() == _cuda.workspace(call)

@@ -1,10 +1,11 @@
-"""The three operations that carry everything, one room each.
+"""The operations that carry everything, one room each.
 
 | room            | what it does                                                                  |
 | --------------- | ----------------------------------------------------------------------------- |
 | `class_scatter` | one pass over the features: counts, shifted sums, sums of squares and scatter  |
 | `affine_argmax` | every decision rule: the classifier's and the nearest-class-centre one         |
 | `pair_geometry` | all pairs of classes: angles, distances, decision radii                        |
+| `certify`       | the samples that a decision radius decides, and the rows of the others         |
 
 A room holds `__init__.py` (the contract and the argument checks), `reference.py` (float64 PyTorch, straight
 from the formula) and one module per fast backend with the same signature. `dispatch.py` alone knows which one

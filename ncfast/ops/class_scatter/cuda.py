@@ -5,15 +5,12 @@ from typing import Any
 import torch
 
 from ncfast.ops.class_scatter import ClassScatter, shift_dtype
+from ncfast.ops.launch import refuses_device as refuses
+from ncfast.ops.launch import run
+
+__all__ = ["class_scatter", "lacks", "refuses"]
 
 _PLANES = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 for a float32
-
-
-def refuses(features: torch.Tensor) -> str | None:
-    """Only tensors in a CUDA device's memory have addresses the kernels can read."""
-    if features.device.type != "cuda" or torch.version.cuda is None:
-        return f"the features are on {features.device}"
-    return None if features.shape[0] < 2**31 else "there are 2³¹ rows or more"
 
 
 def lacks(features: torch.Tensor, *, scatter: bool = True) -> str | None:
@@ -39,16 +36,6 @@ def class_scatter(
     return result
 
 
-def run(call: Any, device: torch.device) -> None:
-    """Enqueue the kernels of a call on the current stream of its device."""
-    import ncfast._cuda as _cuda
-
-    with torch.cuda.device(device):
-        workspace = torch.empty(_cuda.workspace(call), dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream()
-        _cuda.run(_cuda.plan(call, workspace.data_ptr()), stream.device.index, stream.cuda_stream)
-
-
 def describe(
     features: torch.Tensor,
     labels: torch.Tensor,
@@ -58,10 +45,7 @@ def describe(
     precision: str,
     ignore_index: int,
 ) -> tuple[ClassScatter, Any, tuple[torch.Tensor, ...]]:
-    """Allocate the results: them, the call that fills them, and the tensors that it reads.
-
-    On CUDA the caching allocator keeps for the stream what was freed after the launch.
-    """
+    """Allocate the results: them, the call that fills them, and the tensors that it reads."""
     import ncfast._cuda as _cuda
 
     if features.shape[1] > 1 and features.stride(1) != 1:
