@@ -49,13 +49,11 @@ class BuildExt(build_ext):
         if not self.force and target.exists() and os.path.getmtime(target) > newest:
             return None
         includes = ["csrc", pybind11.get_include(), sysconfig.get_path("include")]
-        command = [NVCC, "-shared", "-std=c++17", "-O3", "--threads=0", *architectures()]
-        command += [
-            "-Xcompiler=-fPIC,-fvisibility=hidden,-g0,-Wall,-Wextra",
-            *(f"-I{path}" for path in includes),
-        ]
+        host = "-Xcompiler=-fPIC,-fvisibility=hidden,-g0,-Wall,-Wextra"
         try:
-            subprocess.run([*command, *ext.sources, "-o", str(target)], check=True)
+            command = [NVCC, "-shared", "-std=c++17", "-O3", "--threads=0", *architectures(), host]
+            command += [*(f"-I{path}" for path in includes), *ext.sources, "-o", str(target)]
+            subprocess.run(command, check=True)
         except subprocess.CalledProcessError as error:
             raise CompileError(f"nvcc: {error}") from error
 
