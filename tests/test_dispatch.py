@@ -52,7 +52,7 @@ def test_unknown_names_are_refused(monkeypatch):
 @pytest.mark.parametrize("operation", ["class_scatter", "affine_argmax", "pair_geometry"])
 def test_explain_names_what_runs(operation):
     lines = dict(dispatch.explain(operation, FEATURES))
-    assert tuple(lines) == dispatch.preference(operation)
+    assert tuple(lines) == dispatch.preference(operation, FEATURES)
     assert sorted(lines) == sorted(dispatch.BACKENDS)
     assert list(lines.values()).count("runs") == 1
     with ncfast.use_backend("reference"):
@@ -70,7 +70,7 @@ def test_a_backend_that_lacks_an_option_is_passed_over(monkeypatch):
     backend = dispatch._module("class_scatter", dispatch.pick("class_scatter", FEATURES))
     assert backend.__name__.endswith(".cpu")
     monkeypatch.setattr(
-        backend, "lacks", lambda _, scatter=True: "no scatter" if scatter else None, raising=False
+        backend, "lacks", lambda _, scatter=True, **__: "no scatter" if scatter else None, raising=False
     )
     assert run() == [("class_scatter", "reference")]
     with dispatch.record() as ran:
@@ -80,10 +80,17 @@ def test_a_backend_that_lacks_an_option_is_passed_over(monkeypatch):
         run()
 
 
-def test_the_scatter_has_an_order_of_its_own():
-    assert dispatch.preference("class_scatter")[0] == "triton"
-    assert dispatch.preference("class_scatter", scatter=False) == dispatch.BACKENDS
-    assert dispatch.preference("affine_argmax") == dispatch.BACKENDS
+def test_what_is_preferred_depends_on_the_call():
+    """With the scatter Triton, but where classes are too small for its row tiles; otherwise CUDA C++."""
+
+    def first(operation, N, **options):
+        return dispatch.preference(operation, torch.empty(N, 1), **options)[0]
+
+    assert first("class_scatter", 1024, num_classes=1000) == "triton"
+    assert first("class_scatter", 1025, num_classes=1000) == "cuda"
+    assert first("class_scatter", 128_000, num_classes=1000) == "triton"
+    assert first("class_scatter", 128_000, num_classes=1000, scatter=False) == "cuda"
+    assert first("affine_argmax", 1024) == "cuda"
     lines = dispatch.explain("class_scatter", FEATURES, scatter=False)
     assert tuple(backend for backend, _ in lines) == dispatch.BACKENDS
 

@@ -19,10 +19,8 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference, but for those of `PREFERRED`
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference, but see `preference`
 GPU_BACKENDS = ("cuda", "triton")
-# By the estimate of csrc/cuda/README.md, until a GPU has decided: Triton reads the features once, CUDA twice.
-PREFERRED = {"class_scatter": ("triton", "cuda", "cpu", "reference")}  # with the scatter
 
 _forced: ContextVar[str | None] = ContextVar("ncfast_forced_backend", default=None)
 _recording: ContextVar[list[tuple[str, str]] | None] = ContextVar("ncfast_recording", default=None)
@@ -70,7 +68,7 @@ def select(
 def pick(operation: str, features: torch.Tensor, **options: Any) -> str:
     """Return the name of the backend that `select` would pick."""
     forced = forced_backend()
-    for backend in (forced,) if forced else preference(operation, **options):
+    for backend in (forced,) if forced else preference(operation, features, **options):
         reason = refusal(operation, backend, features, **options)
         if reason is None:
             return backend
@@ -79,15 +77,24 @@ def pick(operation: str, features: torch.Tensor, **options: Any) -> str:
     raise AssertionError("the reference never refuses")
 
 
-def preference(operation: str, **options: Any) -> tuple[str, ...]:
-    """Return all backends, the preferred one first."""
-    return PREFERRED.get(operation, BACKENDS) if options.get("scatter", True) else BACKENDS
+def preference(
+    operation: str, features: torch.Tensor, *, scatter: bool = True, num_classes: int = 1
+) -> tuple[str, ...]:
+    """Return all backends, the preferred one first.
+
+    Between the two on GPUs an estimate decides (csrc/cuda/README.md) until a GPU has: with the scatter Triton
+    reads the features once and CUDA C++ twice, except where classes are too small to be padded to row tiles.
+    """
+    N = features.shape[0]
+    if operation == "class_scatter" and scatter and (N <= 1024 or 128 * num_classes <= N):
+        return ("triton", "cuda", "cpu", "reference")
+    return BACKENDS
 
 
 def explain(operation: str, features: torch.Tensor, **options: Any) -> list[tuple[str, str]]:
     """Say of every backend, in order of preference, why it would or would not run `operation` here."""
     forced, picked, lines = forced_backend(), False, []
-    for backend in preference(operation, **options):
+    for backend in preference(operation, features, **options):
         reason = refusal(operation, backend, features, **options)
         if forced and backend != forced:
             reason = f"backend {forced!r} is forced"

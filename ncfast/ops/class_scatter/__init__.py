@@ -104,7 +104,7 @@ def class_scatter(
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if features.device.type == "cpu":
         check_label_range(labels, shift.shape[0], ignore_index)
-    run = dispatch.select("class_scatter", features, scatter=scatter)
+    run = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
     result: ClassScatter = run(
         features.detach(),
         labels,
@@ -186,7 +186,8 @@ def accumulate(
         ValueError: on the CPU, as `class_scatter` does for labels and features.
 
     """
-    backend = dispatch.select("class_scatter", features, scatter=state.scatter is not None)
+    scatter = state.scatter is not None
+    backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
     in_place = getattr(sys.modules[backend.__module__], "accumulate", None)
     # The first batch chooses most shifts: it goes where a bad choice can be mended.
     if in_place is not None and state.counts.any():

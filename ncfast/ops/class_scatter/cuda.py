@@ -13,7 +13,7 @@ __all__ = ["class_scatter", "lacks", "refuses"]
 _PLANES = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 for a float32
 
 
-def lacks(features: torch.Tensor, *, scatter: bool = True) -> str | None:
+def lacks(features: torch.Tensor, *, scatter: bool = True, **_: int) -> str | None:
     """The products are of bfloat16."""
     if scatter and features.dtype == torch.float64:
         return "float64 features are left to the float64 reference, whose products are the vendor's GEMM"
