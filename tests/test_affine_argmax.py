@@ -119,6 +119,50 @@ def test_exact_ties_of_centers(backend):
         assert torch.equal(decided, distances.argmin(1))
 
 
+@pytest.mark.parametrize(
+    ("p", "scale", "dtype"),  # around a tile of 8-bit numbers
+    [
+        (63, 1.0, torch.float32),
+        (64, 1e12, torch.bfloat16),
+        (65, 1e-12, torch.float64),
+        (200, 1e-3, torch.float32),
+    ],
+)
+def test_hard_rows_among_easy_ones(backend, p, scale, dtype):
+    """So many easy rows and classes that a coarse level is worth it, which the others must not be left to.
+
+    Near ties of relative size 1e-6 to 1e-1, rows of which a single entry sets the scale, far rows, and rows
+    that are no numbers.
+    """
+    generator = torch.Generator().manual_seed(p)
+    N, C = 4200, 260
+    means = 10 * torch.randn(C, p, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, C, (N,), generator=generator)
+    features = means[y] + torch.randn(N, p, generator=generator, dtype=torch.float64)
+    other = means[(y + 1) % C]
+    gap = 10.0 ** (-6 + 5 * torch.rand(N, 1, generator=generator, dtype=torch.float64))
+    tie = 0.5 * (means[y] + other) + gap * torch.randn(N, 1, generator=generator) * (means[y] - other)
+    kind = torch.arange(N) % 40
+    features = torch.where(kind[:, None] < 5, tie, features)
+    features[kind == 5, p // 2] *= 300
+    features[kind == 6] *= 1e4
+    features[kind == 7] = 0
+    features[7], features[8, 1] = torch.nan, torch.inf
+    features = (features * scale).to(dtype)
+    weight = means * scale
+    bias = -0.5 * weight.square().sum(1)
+    scores = torch.addmm(bias, features.double(), weight.T)
+    best = scores.topk(2).values
+    unit = 2.0**-53 * (features.double().norm(dim=1) * weight.norm(dim=1).max() + bias.abs().max())
+    clear = best[:, 0] - best[:, 1] > 4 * (p + 8) * unit  # what float64 itself can tell
+    assert clear.sum() > 0.99 * N
+    with backends.forced("affine_argmax", backend):
+        decided, again = ncfast.affine_argmax(features, [weight, weight], [bias, bias])
+    assert torch.equal(decided, again)
+    assert torch.equal(decided[clear], scores.argmax(1)[clear])
+    assert ((decided >= 0) & (decided < C)).all()
+
+
 def test_denormals_times_huge_weights(backend):
     generator = torch.Generator().manual_seed(0)
     features = 1e-44 * torch.randn(50, 3, dtype=torch.float64, generator=generator)

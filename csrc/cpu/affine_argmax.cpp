@@ -19,6 +19,10 @@ constexpr int64_t kBlockBytes = 512 << 10;
 constexpr int64_t kMaxBlockRows = 256;
 constexpr int64_t kBlocksPerPoll = 256;
 
+// Where a coarse level is tried: it saves a part of every score, and costs a little more per row and a second
+// packing of the classes. It stays where it decides three of four rows of the sample.
+constexpr int64_t kCoarseRows = 4096, kCoarseClasses = 257, kSample = 512;
+
 struct Free {
   void operator()(char* data) const { std::free(data); }
 };
@@ -33,27 +37,24 @@ Buffer allocate(size_t bytes) {
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-size_t packed_bytes(const ArgmaxBody& body, int64_t rows, int64_t p, int level) {
-  return static_cast<size_t>(rows) * body.columns(p) * body.element * (level + 1);
-}
-
 // A rule as a body wants it, at one level.
 struct PackedRule {
   int64_t classes;  // padded
   Buffer panel;
-  std::vector<float> bias;
+  std::vector<float> scale, bias;
   Norms largest = {0, 0, 0};
   double largest_bias = 0, bias_slack = 0;
 
   PackedRule(const AffineRule& rule, const ArgmaxBody& body, int64_t p, int level, int threads)
       : classes(round_up(rule.C, body.classes)),
-        panel(allocate(packed_bytes(body, classes, p, level))),
+        panel(allocate(classes * body.bytes(p, level))),
+        scale(classes),
         bias(classes, -std::numeric_limits<float>::infinity()) {
     const int64_t tasks = classes / body.classes;
     std::vector<Norms> norms(tasks);
     parallel_for(threads, tasks, [&](int64_t task, int) {
       const int64_t first = task * body.classes;
-      char* out = panel.get() + packed_bytes(body, first, p, level);
+      const Operand out = {panel.get() + first * body.bytes(p, level), scale.data() + first};
       body.pack_rule(rule.weight, rule.C, p, level, first, out, &norms[task]);
     });
     for (const Norms& n : norms) {
@@ -90,27 +91,35 @@ class Scorer {
   Scorer(const AffineArgmax& call, const ArgmaxBody& body, int threads, const std::function<void()>& poll)
       : call_(call), body_(body), threads_(threads), poll_(poll) {}
 
+  using Rules = std::vector<std::unique_ptr<PackedRule>>;
+
+  Rules pack(int level, const std::vector<const AffineRule*>& rules) const {
+    Rules packed;
+    for (const AffineRule* rule : rules) {
+      packed.push_back(std::make_unique<PackedRule>(*rule, body_, call_.p, level, threads_));
+    }
+    return packed;
+  }
+
   // Decides the rows of the list, or all N where there is none, for the rules chosen.
-  void run(int level, const std::vector<int64_t>* list, const std::vector<const AffineRule*>& rules) {
+  void run(int level, const std::vector<int64_t>* list, const std::vector<const AffineRule*>& rules,
+           const Rules& packed) {
     const int64_t p = call_.p, count = list ? static_cast<int64_t>(list->size()) : call_.N;
     if (count == 0) return;
-    std::vector<std::unique_ptr<PackedRule>> packed;
-    for (const AffineRule* rule : rules) {
-      packed.push_back(std::make_unique<PackedRule>(*rule, body_, p, level, threads_));
-    }
-    const int64_t fitting = kBlockBytes / static_cast<int64_t>(packed_bytes(body_, 1, p, level));
+    const int64_t fitting = kBlockBytes / static_cast<int64_t>(body_.bytes(p, level));
     const int64_t rows =
         std::clamp(fitting / body_.rows, int64_t{1}, kMaxBlockRows / body_.rows) * body_.rows;
     const int64_t blocks = (count + rows - 1) / rows;
-    const size_t block_bytes = packed_bytes(body_, rows, p, level);
+    const size_t block_bytes = rows * body_.bytes(p, level);
     const size_t slot_bytes = round_up(block_bytes, 4096) + round_up(body_.scratch(rows), 4096);
     const int slots = static_cast<int>(std::min<int64_t>(threads_, blocks));
     Buffer buffers = allocate(slot_bytes * slots);
     const double depth = body_.depth(p, level);
     for (int64_t start = 0; start < blocks; start += kBlocksPerPoll) {
       parallel_for(slots, std::min(kBlocksPerPoll, blocks - start), [&](int64_t task, int slot) {
-        char* block = buffers.get() + slot * slot_bytes;
-        char* scratch = block + round_up(block_bytes, 4096);
+        float scale[kMaxBlockRows];
+        const Operand block = {buffers.get() + slot * slot_bytes, scale};
+        char* scratch = block.numbers + round_up(block_bytes, 4096);
         const int64_t first = (start + task) * rows, filled = std::min(rows, count - first);
         const int64_t padded = round_up(filled, body_.rows);
         Norms norms[kMaxBlockRows];
@@ -125,9 +134,9 @@ class Scorer {
           body_.pack_row(at, call_.middle, p, level, i, block, &norms[i]);
         }
         for (size_t r = 0; r < rules.size(); r++) {
-          const PackedRule& rule = *packed[r];
-          body_.score(block, padded, rule.panel.get(), rule.bias.data(), rule.classes, p, level, scratch,
-                      top);
+          PackedRule& rule = *packed[r];
+          const Operand panel = {rule.panel.get(), rule.scale.data()};
+          body_.score(block, padded, panel, rule.bias.data(), rule.classes, p, level, scratch, top);
           for (int64_t i = 0; i < filled; i++) {
             const double margin = static_cast<double>(top[i].best) - top[i].second;
             const bool decided = margin > 2 * error_bound(norms[i], rule, depth, p);
@@ -138,6 +147,18 @@ class Scorer {
       });
       poll_();
     }
+  }
+
+  // Whether level 0 decides three of four rows, by a sample of them.
+  bool decides_most(int64_t sample, const std::vector<const AffineRule*>& rules, const Rules& packed) {
+    std::vector<int64_t> list(sample);
+    for (int64_t i = 0; i < sample; i++) list[i] = i * call_.N / sample;
+    run(0, &list, rules, packed);
+    int64_t decided = 0;
+    for (const AffineRule* rule : rules) {
+      for (const int64_t row : list) decided += rule->decided[row];
+    }
+    return 4 * decided >= 3 * sample * static_cast<int64_t>(rules.size());
   }
 
  private:
@@ -168,15 +189,30 @@ void affine_argmax(const AffineArgmax& call, Isa isa, int threads, const std::fu
   const ArgmaxBody& body = *argmax_body(isa, call.dtype);
   Scorer scorer(call, body, threads, poll);
   std::vector<const AffineRule*> all;
-  for (int r = 0; r < call.rules; r++) all.push_back(&call.rule[r]);
-  scorer.run(0, nullptr, all);
-  for (int level = 1; level < body.levels; level++) {
+  int64_t classes = 0;
+  for (int r = 0; r < call.rules; r++) {
+    all.push_back(&call.rule[r]);
+    classes += call.rule[r].C;
+  }
+  int level = 0;
+  Scorer::Rules packed;
+  if (body.coarse_columns > 0) {
+    level = 1;
+    if (call.p <= body.coarse_columns && call.N >= kCoarseRows && classes >= kCoarseClasses) {
+      packed = scorer.pack(0, all);
+      if (scorer.decides_most(kSample, all, packed)) level = 0;
+    }
+  }
+  if (level > 0 || packed.empty()) packed = scorer.pack(level, all);
+  scorer.run(level, nullptr, all, packed);
+  packed.clear();
+  while (++level < body.levels) {
     for (const AffineRule* rule : all) {
       std::vector<int64_t> undecided;
       for (int64_t i = 0; i < call.N; i++) {
         if (!rule->decided[i]) undecided.push_back(i);
       }
-      scorer.run(level, &undecided, {rule});
+      if (!undecided.empty()) scorer.run(level, &undecided, {rule}, scorer.pack(level, {rule}));
     }
   }
 }

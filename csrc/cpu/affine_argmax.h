@@ -4,7 +4,9 @@
 // A body scores blocks of rows in low precision and keeps each row's best two scores. With d = h - m the
 // centred features, x^ what the multiplication really saw of x, and E the bound below, |score - score^| <= E
 // for every class; so when best - second > 2 E the best class is the exact argmax, and the row is decided.
-// Rows that are not are scored again at the body's next level, and what is left is for the caller.
+// Rows that are not are scored again at the body's next level, and what is left is for the caller. A level 0
+// that decides wide margins only is tried on a sample of the rows, and left out where it would decide too
+// few.
 //
 //   E = |d - d^| max|v| + |d^| max|v - v^| + |d_lo| max|v_lo| + depth u (|d^| max|v^| + max|b|) + underflow
 //
@@ -56,20 +58,27 @@ struct TopTwo {
   int32_t index;
 };
 
+// Operand rows of a block, or classes of a rule.
+struct Operand {
+  char* numbers;
+  float* scale;  // where they are integers, what 1 stands for in each row or class
+};
+
 // What an instruction set contributes. Classes are padded to a multiple of `classes`, with weight 0 and bias
 // -infinity; rows of a block to a multiple of `rows`, with zeros.
 struct ArgmaxBody {
   int levels;
+  int64_t coarse_columns;  // up to which level 0 is one for wide margins; 0: it never is
   int rows, classes;
-  int64_t (*columns)(int64_t p);  // p, padded
-  size_t element;                 // bytes per number of a packed block or rule, of level 0
+  size_t (*bytes)(int64_t p, int level);  // of a packed row or class
   double (*depth)(int64_t p, int level);
-  void (*pack_rule)(const double* weight, int64_t C, int64_t p, int level, int64_t first, char* panel,
+  void (*pack_rule)(const double* weight, int64_t C, int64_t p, int level, int64_t first, Operand panel,
                     Norms* norms);  // the `classes` classes from `first`
-  void (*pack_row)(const char* features, const float* middle, int64_t p, int level, int64_t row, char* block,
+  void (*pack_row)(const char* features, const float* middle, int64_t p, int level, int64_t row,
+                   Operand block,
                    Norms* norms);  // features null: a row of zeros
-  void (*score)(const char* block, int64_t rows, const char* panel, const float* bias, int64_t classes,
-                int64_t p, int level, char* scratch, TopTwo* top);
+  void (*score)(Operand block, int64_t rows, Operand panel, const float* bias, int64_t classes, int64_t p,
+                int level, char* scratch, TopTwo* top);
   size_t (*scratch)(int64_t rows);
 };
 

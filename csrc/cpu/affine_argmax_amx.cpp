@@ -1,13 +1,17 @@
-// affine_argmax on AMX: level 0 scores one bfloat16 per number, level 1 two (hi hi + hi lo + lo hi).
+// affine_argmax on AMX: level 0 scores 8-bit integers, at twice the rate, level 1 one bfloat16 per number,
+// level 2 two (hi hi + hi lo + lo hi).
 //
-// Block and panel are made of 1 KiB tiles: 16 rows x 32 columns of a block, 32 columns x 16 classes of a
-// panel with the columns in pairs, as TDPBF16PS wants them; at level 1 every tile of high parts is followed
-// by that of the low ones. 32 rows x 32 classes are accumulated in four tile registers over all columns,
-// beginning with the bias.
+// Block and panel are made of 1 KiB tiles. Of bfloat16: 16 rows x 32 columns of a block, 32 columns x 16
+// classes of a panel with the columns in pairs, as TDPBF16PS wants them; at level 2 every tile of high parts
+// is followed by that of the low ones. Of integers: 64 columns, in fours for TDPBSSD; a row or class is
+// scaled to end at 127. 32 rows x 32 classes are accumulated in four tile registers over all columns:
+// beginning with the bias, or in integers exactly, to be scaled and to get their bias while the next ones are
+// multiplied.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -18,7 +22,7 @@
 
 #pragma GCC push_options
 #pragma GCC target( \
-    "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")
+    "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16,amx-int8,prefer-vector-width=512")
 
 namespace ncfast {
 namespace {
@@ -53,41 +57,82 @@ struct TileArgmax {
   using Float = FloatArgmax<Feature, 16, 2, 1>;
   using Lanes = typename Float::Lanes;
 
-  static int64_t columns(int64_t p) { return (p + 31) / 32 * 32; }
+  // Tiles from one end of a row to the other; those of a level with two parts twice.
+  static int64_t steps(int64_t p, int level) { return level ? (p + 31) / 32 : (p + 63) / 64; }
+  static int64_t parts(int level) { return level < 2 ? 1 : 2; }
+  static size_t bytes(int64_t p, int level) { return steps(p, level) * parts(level) * 64; }
 
   // A product passes the 16 FMAs of its half of a tile, the addition of the two halves, and that to the
-  // accumulator once per tile. Twice that, in case a processor orders them otherwise.
+  // accumulator once per tile. Twice that, in case a processor orders them otherwise. An integer sum is
+  // exact; it is rounded, multiplied by two scales, and the bias is added.
   static double depth(int64_t p, int level) {
-    return 2 * (18 + static_cast<double>(columns(p)) / 32 * (level ? 3 : 1));
+    return level ? 2 * (18 + static_cast<double>(steps(p, level)) * (level == 2 ? 3 : 1)) : 8;
   }
 
-  static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, char* panel,
+  static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, Operand panel,
                         Norms* norms) {
-    const int64_t steps = columns(p) / 32;
     *norms = {0, 0, 0};
     for (int64_t c = 0; c < kSide; c++) {
-      double seen = 0, residual = 0, low = 0;
-      for (int64_t j = 0; j < 32 * steps; j++) {
-        const double exact = first + c < C && j < p ? weight[(first + c) * p + j] : 0;
-        char* at = panel + ((c / 16 * steps + j / 32) * (level + 1)) * kTile + j % 32 / 2 * 64 + c % 16 * 4 +
-                   j % 2 * 2;
-        const uint16_t hi = to_bfloat16(static_cast<float>(exact));
-        std::memcpy(at, &hi, sizeof hi);
-        double value = from_bfloat16(hi);
-        if (level) {
-          const uint16_t lo = to_bfloat16(static_cast<float>(exact - value));
-          std::memcpy(at + kTile, &lo, sizeof lo);
-          value += from_bfloat16(lo);
-          low += static_cast<double>(from_bfloat16(lo)) * from_bfloat16(lo);
-        }
-        seen += value * value;
-        residual += (exact - value) * (exact - value);
+      const double* row = first + c < C ? weight + (first + c) * p : nullptr;
+      char* out = panel.numbers + c / 16 * 16 * bytes(p, level) + c % 16 * 4;
+      double found[3];  // squares of |v^|, |v - v^|, |v_lo|
+      if (level) {
+        pack_class(row, p, level, out, found);
+      } else {
+        panel.scale[c] = pack_integers(row, p, out, found);
       }
-      const double found[] = {std::sqrt(seen), std::sqrt(residual), std::sqrt(low)};
+      for (double& square : found) square = std::sqrt(square);
       norms->seen = found[0] <= norms->seen ? norms->seen : found[0];
       norms->residual = found[1] <= norms->residual ? norms->residual : found[1];
       norms->low = found[2] <= norms->low ? norms->low : found[2];
     }
+  }
+
+  static void pack_class(const double* row, int64_t p, int level, char* out, double* found) {
+    found[0] = found[1] = found[2] = 0;
+    for (int64_t j = 0; j < 32 * steps(p, level); j++) {
+      const double exact = row && j < p ? row[j] : 0;
+      char* at = out + j / 32 * parts(level) * kTile + j % 32 / 2 * 64 + j % 2 * 2;
+      const uint16_t hi = to_bfloat16(static_cast<float>(exact));
+      std::memcpy(at, &hi, sizeof hi);
+      double value = from_bfloat16(hi);
+      if (level == 2) {
+        const uint16_t lo = to_bfloat16(static_cast<float>(exact - value));
+        std::memcpy(at + kTile, &lo, sizeof lo);
+        value += from_bfloat16(lo);
+        found[2] += static_cast<double>(from_bfloat16(lo)) * from_bfloat16(lo);
+      }
+      found[0] += value * value;
+      found[1] += (exact - value) * (exact - value);
+    }
+  }
+
+  // Returns the scale. A NaN passes into the squares.
+  static float pack_integers(const double* row, int64_t p, char* out, double* found) {
+    __m512d largest = _mm512_setzero_pd(), seen = largest, residual = largest;
+    const auto read = [&](int64_t j) {
+      if (!row || j >= p) return _mm512_setzero_pd();
+      return _mm512_maskz_loadu_pd(static_cast<__mmask8>(p - j < 8 ? (1 << (p - j)) - 1 : 0xff), row + j);
+    };
+    for (int64_t j = 0; j < p; j += 8) largest = _mm512_max_pd(largest, _mm512_abs_pd(read(j)));
+    const float scale = static_cast<float>(_mm512_reduce_max_pd(largest) / 127);
+    const __m512d unit = _mm512_set1_pd(scale), inverse = _mm512_set1_pd(scale > 0 ? 1.0 / scale : 0);
+    for (int64_t j = 0; j < 64 * steps(p, 0); j += 8) {
+      const __m512d exact = read(j);
+      const __m128i bytes = _mm256_cvtsepi32_epi8(_mm512_cvtpd_epi32(_mm512_mul_pd(exact, inverse)));
+      char* at = out + j / 64 * kTile + j % 64 / 4 * 64;
+      const int64_t both = _mm_cvtsi128_si64(bytes);
+      std::memcpy(at, &both, 4);
+      std::memcpy(at + 64, reinterpret_cast<const char*>(&both) + 4, 4);
+      const __m512d value = _mm512_mul_pd(_mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(bytes)), unit);
+      const __m512d lost = _mm512_sub_pd(exact, value);
+      seen = _mm512_fmadd_pd(value, value, seen);
+      residual = _mm512_fmadd_pd(lost, lost, residual);
+    }
+    found[0] = _mm512_reduce_add_pd(seen);
+    found[1] = _mm512_reduce_add_pd(residual);
+    found[2] = 0;
+    return scale;
   }
 
   // Columns [j, j + 16) of h - m.
@@ -105,31 +150,64 @@ struct TileArgmax {
   }
 
   static void pack_row(const char* features, const float* middle, int64_t p, int level, int64_t row,
-                       char* block, Norms* norms) {
-    const int64_t steps = columns(p) / 32;
-    char* out = block + row / 16 * steps * (level + 1) * kTile + row % 16 * 64;
-    __m512 size = _mm512_setzero_ps(), residual = size, low = size;
-    for (int64_t step = 0; step < steps; step++, out += (level + 1) * kTile) {
-      __m512 d0 = _mm512_setzero_ps(), d1 = d0;
+                       Operand block, Norms* norms) {
+    char* out = block.numbers + row / 16 * 16 * bytes(p, level) + row % 16 * 64;
+    const Squares squares = level ? pack_halves(features, middle, p, static_cast<int>(parts(level)), out)
+                                  : pack_integers(features, middle, p, out, block.scale + row);
+    const double lost = std::sqrt(static_cast<double>(p)) * 0x1p-62;  // in squares that underflowed
+    const double d = norm(squares.all, p) + lost, r = norm(squares.residual, p) + lost;
+    *norms = {d + r, r + kRounded * d, level == 2 ? norm(squares.low, p) + lost : 0};
+  }
+
+  struct Squares {
+    __m512 all, residual, low;
+  };
+
+  static Squares pack_halves(const char* features, const float* middle, int64_t p, int parts, char* out) {
+    const __m512 zero = _mm512_setzero_ps();
+    Squares squares = {zero, zero, zero};
+    for (int64_t j = 0; j < p; j += 32, out += parts * kTile) {
+      __m512 d0 = zero, d1 = zero;
       if (features) {
-        d0 = centred(features, middle, step * 32, p);
-        d1 = centred(features, middle, step * 32 + 16, p);
+        d0 = centred(features, middle, j, p);
+        d1 = centred(features, middle, j + 16, p);
       }
-      size = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, size));
-      for (int part = 0; part <= level; part++) {
+      squares.all = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, squares.all));
+      for (int part = 0; part < parts; part++) {
         const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(d1, d0);
         _mm512_store_si512(out + part * kTile, halves);
         const __m512 x0 = widened(_mm512_castsi512_si256(halves));
         const __m512 x1 = widened(_mm512_extracti64x4_epi64(halves, 1));
         d0 = _mm512_sub_ps(d0, x0);
         d1 = _mm512_sub_ps(d1, x1);
-        if (part) low = _mm512_fmadd_ps(x0, x0, _mm512_fmadd_ps(x1, x1, low));
+        if (part) squares.low = _mm512_fmadd_ps(x0, x0, _mm512_fmadd_ps(x1, x1, squares.low));
       }
-      residual = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, residual));
+      squares.residual = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, squares.residual));
     }
-    const double lost = std::sqrt(static_cast<double>(p)) * 0x1p-62;  // in squares that underflowed
-    const double d = norm(size, p) + lost, r = norm(residual, p) + lost;
-    *norms = {d + r, r + kRounded * d, level ? norm(low, p) + lost : 0};
+    return squares;
+  }
+
+  // Reads the row twice, the second time from the first-level cache.
+  static Squares pack_integers(const char* features, const float* middle, int64_t p, char* out,
+                               float* scale) {
+    const __m512 zero = _mm512_setzero_ps();
+    Squares squares = {zero, zero, zero};
+    __m512 largest = zero;
+    for (int64_t j = 0; features && j < p; j += 16) {
+      const __m512 d = centred(features, middle, j, p);
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(d));
+      squares.all = _mm512_fmadd_ps(d, d, squares.all);
+    }
+    *scale = _mm512_reduce_max_ps(largest) / 127;
+    const __m512 unit = _mm512_set1_ps(*scale), inverse = _mm512_set1_ps(*scale > 0 ? 1 / *scale : 0);
+    for (int64_t j = 0; j < 64 * steps(p, 0); j += 16) {
+      const __m512 d = features ? centred(features, middle, j, p) : zero;
+      const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(d, inverse)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(out + j / 64 * kTile + j % 64), bytes);
+      const __m512 lost = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit, d);
+      squares.residual = _mm512_fmadd_ps(lost, lost, squares.residual);
+    }
+    return squares;
   }
 
   // Of sums of squares: up to p / 16 + 8 float32 additions each.
@@ -142,16 +220,29 @@ struct TileArgmax {
   // Scores of 32 rows x 32 classes, and the rows' best so far. They are reduced while the next ones are
   // multiplied: that keeps the tile unit busy and leaves the vector units idle.
   struct Scores {
-    const float* scores;
+    const float* scores;  // at level 0 integers
     Lanes* lanes;
     Vec<int32_t, 16> index;
+    const float *row_scale, *class_scale, *bias;  // at level 0
 
+    template <int Level>
     void reduce(int64_t first, int64_t end) const {
+      Vec<float, 16> scale[2], added[2];
+      if constexpr (Level == 0) {
+        std::memcpy(scale, class_scale, sizeof scale);
+        std::memcpy(added, bias, sizeof added);
+      }
       for (int64_t r = first; r < end; r++) {
         Lanes row = lanes[r];
         for (int half = 0; half < 2; half++) {
           Vec<float, 16> score;
-          std::memcpy(&score, scores + r * kSide + half * 16, sizeof score);
+          if constexpr (Level == 0) {
+            Vec<int32_t, 16> whole;
+            std::memcpy(&whole, scores + r * kSide + half * 16, sizeof whole);
+            score = __builtin_convertvector(whole, Vec<float, 16>) * scale[half] * row_scale[r] + added[half];
+          } else {
+            std::memcpy(&score, scores + r * kSide + half * 16, sizeof score);
+          }
           Float::update(row, score, index + 16 * half);
         }
         lanes[r] = row;
@@ -161,76 +252,95 @@ struct TileArgmax {
 
   template <int Level>
   static void accumulate(const char* a, const char* b, int64_t steps, const Scores* before) {
-    const int64_t next = steps * (Level + 1) * kTile;  // the tile 16 rows, or classes, further on
-    for (int64_t step = 0; step < steps; step++, a += (Level + 1) * kTile, b += (Level + 1) * kTile) {
-      if (before) before->reduce(step * kSide / steps, (step + 1) * kSide / steps);
+    constexpr int64_t kStep = (Level == 2 ? 2 : 1) * kTile;
+    const int64_t next = steps * kStep;  // the tile 16 rows, or classes, further on
+    for (int64_t step = 0; step < steps; step++, a += kStep, b += kStep) {
+      if (before) before->template reduce<Level>(step * kSide / steps, (step + 1) * kSide / steps);
       _tile_loadd(4, a, 64);
       _tile_loadd(5, a + next, 64);
       _tile_loadd(6, b, 64);
       _tile_loadd(7, b + next, 64);
-      products();
-      if constexpr (Level == 1) {
+      products<Level>();
+      if constexpr (Level == 2) {
         _tile_loadd(6, b + kTile, 64);
         _tile_loadd(7, b + next + kTile, 64);
-        products();
+        products<Level>();
         _tile_loadd(4, a + kTile, 64);
         _tile_loadd(5, a + next + kTile, 64);
         _tile_loadd(6, b, 64);
         _tile_loadd(7, b + next, 64);
-        products();
+        products<Level>();
       }
     }
   }
 
+  template <int Level>
   [[gnu::always_inline]] static void products() {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (Level == 0) {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
 
-  static void score(const char* block, int64_t rows, const char* panel, const float* bias, int64_t classes,
-                    int64_t p, int level, char* scratch, TopTwo* top) {
+  static void score(Operand block, int64_t rows, Operand panel, const float* bias, int64_t classes, int64_t p,
+                    int level, char* scratch, TopTwo* top) {
+    const auto run = level == 0 ? score_at<0> : level == 1 ? score_at<1> : score_at<2>;
+    run(block, rows, panel, bias, classes, p, scratch, top);
+  }
+
+  template <int Level>
+  static void score_at(Operand block, int64_t rows, Operand panel, const float* bias, int64_t classes,
+                       int64_t p, char* scratch, TopTwo* top) {
     Lanes* lanes = reinterpret_cast<Lanes*>(scratch);
     float *const both = reinterpret_cast<float*>(scratch + rows * sizeof(Lanes)), *scores = both;
     const Vec<float, 16> nothing = Vec<float, 16>{} - __builtin_inff();
     for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, Vec<int32_t, 16>{}};
-    const int64_t steps = columns(p) / 32, bytes = steps * (level + 1) * kTile;
     Vec<int32_t, 16> lane;
     for (int i = 0; i < 16; i++) lane[i] = i;
     const TileConfiguration config;
     _tile_loadconfig(&config);
-    Scores before = {nullptr, nullptr, lane};
+    Scores before = {};
     for (int64_t c = 0; c < classes; c += kSide) {
       for (int64_t i = 0; i < rows; i += kSide) {
-        // A stride of 0 fills all 16 rows of a tile with the biases of its classes.
-        _tile_loadd(0, bias + c, 0);
-        _tile_loadd(1, bias + c + 16, 0);
-        _tile_loadd(2, bias + c, 0);
-        _tile_loadd(3, bias + c + 16, 0);
-        const char *a = block + i / 16 * bytes, *b = panel + c / 16 * bytes;
-        const Scores* pending = before.scores ? &before : nullptr;
-        if (level) {
-          accumulate<1>(a, b, steps, pending);
+        if constexpr (Level == 0) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
         } else {
-          accumulate<0>(a, b, steps, pending);
+          // A stride of 0 fills all 16 rows of a tile with the biases of its classes.
+          _tile_loadd(0, bias + c, 0);
+          _tile_loadd(1, bias + c + 16, 0);
+          _tile_loadd(2, bias + c, 0);
+          _tile_loadd(3, bias + c + 16, 0);
         }
+        accumulate<Level>(block.numbers + i * bytes(p, Level), panel.numbers + c * bytes(p, Level),
+                          steps(p, Level), before.scores ? &before : nullptr);
         _tile_stored(0, scores, kSide * sizeof(float));
         _tile_stored(1, scores + 16, kSide * sizeof(float));
         _tile_stored(2, scores + 16 * kSide, kSide * sizeof(float));
         _tile_stored(3, scores + 16 * kSide + 16, kSide * sizeof(float));
-        before = {scores, lanes + i, lane + static_cast<int32_t>(c)};
+        before = {scores,          lanes + i,       lane + static_cast<int32_t>(c),
+                  block.scale + i, panel.scale + c, bias + c};
         scores = scores == both ? both + kSide * kSide : both;
       }
     }
-    before.reduce(0, kSide);
+    before.template reduce<Level>(0, kSide);
     _tile_release();
     for (int64_t i = 0; i < rows; i++) top[i] = Float::reduce(lanes[i]);
   }
 
   static const ArgmaxBody* body() {
-    static const ArgmaxBody table = {2,     kSide,     kSide,    columns, sizeof(uint16_t),
-                                     depth, pack_rule, pack_row, score,   scratch};
+    // 127² or 128² a product: as many as surely fit an int32.
+    static const ArgmaxBody table = {3,     131'071,   kSide,    kSide, bytes,
+                                     depth, pack_rule, pack_row, score, scratch};
     return &table;
   }
 };

@@ -39,14 +39,14 @@ struct FloatArgmax {
   using I = Vec<int32_t, W>;
   static constexpr int kClasses = A * W;
 
-  static int64_t columns(int64_t p) { return p; }
+  static size_t bytes(int64_t p, int) { return p * sizeof(float); }
 
   // A score is one chain of p FMAs that begins with the bias.
   static double depth(int64_t p, int) { return static_cast<double>(p) + 2; }
 
-  static void pack_rule(const double* weight, int64_t C, int64_t p, int, int64_t first, char* panel,
+  static void pack_rule(const double* weight, int64_t C, int64_t p, int, int64_t first, Operand panel,
                         Norms* norms) {
-    float* out = reinterpret_cast<float*>(panel);
+    float* out = reinterpret_cast<float*>(panel.numbers);
     *norms = {0, 0, 0};
     for (int64_t c = 0; c < kClasses; c++) {
       double seen = 0, residual = 0;
@@ -62,9 +62,9 @@ struct FloatArgmax {
     }
   }
 
-  static void pack_row(const char* features, const float* middle, int64_t p, int, int64_t row, char* block,
+  static void pack_row(const char* features, const float* middle, int64_t p, int, int64_t row, Operand block,
                        Norms* norms) {
-    float* out = reinterpret_cast<float*>(block) + row * p;
+    float* out = reinterpret_cast<float*>(block.numbers) + row * p;
     if (!features) {
       std::memset(out, 0, p * sizeof(float));
       return;
@@ -118,13 +118,13 @@ struct FloatArgmax {
     lanes.index = better ? index : lanes.index;
   }
 
-  static void score(const char* block, int64_t rows, const char* panel, const float* bias, int64_t classes,
-                    int64_t p, int, char* scratch, TopTwo* top) {
+  static void score(Operand block, int64_t rows, Operand panel, const float* bias, int64_t classes, int64_t p,
+                    int, char* scratch, TopTwo* top) {
     Lanes* lanes = reinterpret_cast<Lanes*>(scratch);
     const V nothing = V{} - __builtin_inff();
     for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, I{}};
-    const float* data = reinterpret_cast<const float*>(block);
-    const float* rule = reinterpret_cast<const float*>(panel);
+    const float* data = reinterpret_cast<const float*>(block.numbers);
+    const float* rule = reinterpret_cast<const float*>(panel.numbers);
     for (int64_t c = 0; c < classes; c += kClasses) {
       for (int64_t i = 0; i < rows; i += R) {
         tile(data + i * p, p, rule + c * p, bias + c, static_cast<int32_t>(c), lanes + i);
@@ -148,8 +148,7 @@ struct FloatArgmax {
   }
 
   static const ArgmaxBody* body() {
-    static const ArgmaxBody table = {1,     R,         kClasses, columns, sizeof(float),
-                                     depth, pack_rule, pack_row, score,   scratch};
+    static const ArgmaxBody table = {1, 0, R, kClasses, bytes, depth, pack_rule, pack_row, score, scratch};
     return &table;
   }
 };

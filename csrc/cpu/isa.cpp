@@ -62,8 +62,8 @@ bool detect(Isa isa) {
       return has(one.c, {12, 28, 29}) && has(seven.b, {5}) && (saved & kAvx) == kAvx;
     case Isa::avx512:  // F, DQ, BW, VL
       return has(seven.b, {16, 17, 30, 31}) && (saved & kAvx512) == kAvx512;
-    case Isa::amx:  // AMX-BF16, AMX-TILE; AVX512-BF16
-      return has(seven.d, {22, 24}) && has(cpuid(7, 1).a, {5}) && (saved & kTiles) == kTiles &&
+    case Isa::amx:  // AMX-BF16, AMX-TILE, AMX-INT8; AVX512-BF16
+      return has(seven.d, {22, 24, 25}) && has(cpuid(7, 1).a, {5}) && (saved & kTiles) == kTiles &&
              tiles_granted();
   }
   return false;

@@ -1,8 +1,9 @@
 """affine_argmax in C++ (csrc/cpu/affine_argmax.h): low precision decides within a proven bound.
 
-The ladder: one bfloat16 per number, then two, on AMX, or float32 elsewhere; then float64 matrix products;
-then what even their rounding leaves open, ties among them, by the reference. A rung passes on the rows whose
-best two scores are closer than twice its error bound.
+The ladder: on AMX 8-bit integers where a sample says that they decide most rows, one bfloat16 per number,
+then two, or float32 elsewhere; then float64 matrix products; then what even their rounding leaves open, ties
+among them, by the reference. A rung passes on the rows whose best two scores are closer than twice its error
+bound.
 """
 
 from collections.abc import Sequence
