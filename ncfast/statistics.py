@@ -386,7 +386,11 @@ class ClassStatistics:
     def within_quadratic(self, directions: torch.Tensor) -> torch.Tensor:
         """[r] float64: v_kᵀ Σ_W v_k for the columns v_k of `directions` [p, r], without forming Σ_W."""
         self._raise_refused()
-        about_shift = (directions * (self._scatter_kept() @ directions)).sum(0)
+        scatter, about_shift = self._scatter_kept(), directions.new_zeros(directions.shape[1])
+        for start in range(0, len(scatter), 512):  # symmetric: what is left of the diagonal squares, twice
+            own = slice(start, start + 512)
+            product = 2 * scatter[own, :start] @ directions[:start] + scatter[own, own] @ directions[own]
+            about_shift += (directions[own] * product).sum(0)
         present = self.present
         drift = self.sums[present] @ directions  # [C, r]
         about_mean = about_shift - (drift.square() / self.counts[present][:, None]).sum(0)
