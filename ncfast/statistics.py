@@ -97,6 +97,7 @@ class ClassStatistics:
         # synchronisation.
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._refused = torch.zeros((), dtype=torch.int64, device=device)
+        self._none_refused = False  # whether _refused is known to be zero: reading it waits for a GPU
 
     @property
     def scatter(self) -> torch.Tensor | None:
@@ -177,6 +178,7 @@ class ClassStatistics:
             self._skipped += skipped
         if refused is not None:
             self._refused += refused
+            self._none_refused = False
         return distances
 
     def merge(self, other: "ClassStatistics") -> "ClassStatistics":
@@ -305,7 +307,7 @@ class ClassStatistics:
         return self.counts.device.type != "cpu"
 
     def _raise_refused(self) -> None:
-        if refused := int(self._refused):
+        if refused := self.num_refused:
             raise ValueError(self._complaint(refused))
 
     def _complaint(self, refused: int, whose: str = "") -> str:
@@ -326,6 +328,13 @@ class ClassStatistics:
     def num_skipped(self) -> int:
         """Rows left out because of nonfinite="skip"."""
         return int(self._skipped)
+
+    @property
+    def num_refused(self) -> int:
+        """Rows left out on a GPU which the CPU would have raised for: what `update` defers."""
+        refused = 0 if self._none_refused else int(self._refused)
+        self._none_refused = self._defers and not refused
+        return refused
 
     @property
     def present(self) -> torch.Tensor:
@@ -379,17 +388,15 @@ class ClassStatistics:
     @property
     def trace_within(self) -> torch.Tensor:
         """[] float64: Tr Σ_W, from the sums of squares alone: it needs no scatter."""
-        present = self.present
-        share = self.counts[present].double() / self.counts.sum()
-        return (share * self.class_variances[present]).sum()
+        share = self.counts.double() / self.counts.sum()
+        return torch.where(self.counts > 0, share * self.class_variances, 0.0).sum()
 
     def within_quadratic(self, directions: torch.Tensor) -> torch.Tensor:
         """[r] float64: v_kᵀ Σ_W v_k for the columns v_k of `directions` [p, r], without forming Σ_W."""
         self._raise_refused()
         about_shift = (directions * (self._scatter_kept() @ directions)).sum(0)
-        present = self.present
-        drift = self.sums[present] @ directions  # [C, r]
-        about_mean = about_shift - (drift.square() / self.counts[present][:, None]).sum(0)
+        drift = self.sums @ directions  # [C, r], zeros for a class without samples
+        about_mean = about_shift - (drift.square() / self.counts.clamp(min=1)[:, None]).sum(0)
         return about_mean.clamp_(min=0.0) / self.counts.sum()
 
     def _shift_correction(self) -> torch.Tensor:

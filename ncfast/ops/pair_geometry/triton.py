@@ -271,7 +271,8 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
     blocks, parts = _grid(C, C)
     sums = left.new_empty(2, blocks * parts)
     root = math.sqrt(C - 1)
-    ideal = left.new_tensor([(1 - 1 / C) / root, -1 / C / root])
+    ideal = left.new_full((2,), -1 / C / root)  # filled on the device: a copy from the host would wait
+    ideal[0] = (1 - 1 / C) / root
     norm = ideal
     with target.active(left):
         for second in (False, True):
