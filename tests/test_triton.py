@@ -30,6 +30,8 @@ SCATTER_SHAPES = [  # N, p, C
     (5, 3, 9),  # more classes than rows
     (33, 65, 2),  # one above a row tile and a column tile
     (300, 130, 2),  # grouped: classes of several tiles; three column tiles
+    (300, 144, 2),  # the same where rows are aligned
+    (300, 80, 60),  # aligned, too few rows per class to group
     (1100, 17, 300),  # sorted, too few rows per class to group; most classes of a few rows
 ]
 PRECISIONS = ["highest", "high", "medium"]
@@ -165,16 +167,18 @@ def test_large_tile_and_flush(device, precision, monkeypatch):
 
     choose = kernels.choose_tile
     monkeypatch.setattr(
-        kernels, "choose_tile", lambda a, word, size, _N, p, C: choose(a, word, size, 1 << 20, p, C)
+        kernels, "choose_tile", lambda a, word, size, _N, *rest: choose(a, word, size, 1 << 20, *rest)
     )
     monkeypatch.setattr(kernels, "_FLUSH_ROWS", 64)
-    check_scatter(device, *sample(600, 140, 2), precision)
+    check_scatter(device, *sample(600, 144, 2), precision)
+    check_scatter(device, *sample(600, 140, 2), precision)  # rows that are not aligned
 
 
 AFFINE_SHAPES = [  # N, p, classes of each rule
     (1, 1, (1,)),  # no choice
     (33, 17, (5, 3)),  # odd p, two rules in one tile
     (65, 70, (130, 10)),  # two rows tiles, classes in two tiles, a tile of both rules
+    (65, 80, (130, 10)),  # the same where rows are aligned
     (9, 5, (3, 2, 4)),  # a third rule takes a second launch
     (70, 40, (500, 30)),  # the one-plane rung comes first
 ]
@@ -223,7 +227,7 @@ def test_error_bound_holds_and_is_not_absurd(device, planes):
 
     features, weight, bias = torch.randn(64, 90) + 5, torch.randn(16, 90), torch.randn(16)
     center = kernels._center(features.to(device))
-    tile = kernels.choose_tile(kernels.target.architecture(), 16)
+    tile = kernels.choose_tile(kernels.target.architecture(), 16, kernels.target.aligned(features))
     rules = [(weight.to(device), bias.to(device))]
     stacked = kernels._stacked(rules, center, tile)
     x = features.to(device) - center
@@ -307,8 +311,10 @@ def test_no_races_in_shared_memory(machine, races):
     races(machine)
     for precision in PRECISIONS:
         check_scatter("cpu", *sample(140, 70, 1), precision)
+        check_scatter("cpu", *sample(140, 80, 1), precision)  # rows that are aligned
         check_scatter("cpu", *sample(70, 70, 40), precision)
-    check_argmax("cpu", torch.randn(33, 40), [torch.randn(20, 40)], [None])
+    for p in (40, 48):
+        check_argmax("cpu", torch.randn(33, p), [torch.randn(20, p)], [None])
     vectors = torch.randn(33, 3, dtype=torch.float64)
     run("triton", ncfast.pair_geometry, vectors, vectors[:, 0].square())
     run("triton", etf_error, vectors)
