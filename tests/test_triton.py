@@ -112,13 +112,11 @@ def test_class_scatter_shapes(device, N, p, C):
     check_scatter(device, *sample(N, p, C))
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [(precision, torch.float32) for precision in PRECISIONS] + [("high", dtype) for dtype in DTYPES[1:]],
-)
-@pytest.mark.parametrize("C", [1, 40])  # grouped and direct
-def test_class_scatter_precisions_and_dtypes(device, precision, dtype, C):
-    features, labels, shift = sample(260, 70, C, dtype)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("C", "p"), [(1, 70), (40, 70), (40, 80)])  # grouped; direct; with aligned rows
+def test_class_scatter_precisions_and_dtypes(device, precision, dtype, C, p):
+    features, labels, shift = sample(130, p, C, dtype)
     check_scatter(device, features, labels, shift, precision)
 
 
