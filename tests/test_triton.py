@@ -245,6 +245,47 @@ def test_error_bound_holds_and_is_not_absurd(device, planes):
     assert (bound <= 2.0**-4 * x.norm(dim=1).double().cpu()).all()
 
 
+@pytest.mark.parametrize("one_plane_classes", [2, 3])  # one plane first; two at once
+def test_accumulation_that_always_loses(device, one_plane_classes, monkeypatch):
+    """Near ties behind long sums whose every addition rounds the same way.
+
+    ⟨x, v⟩ = 1 + 126 · 15/16 · 2⁻²⁴ − 1 − τ is positive, but a matrix unit that adds 16 products to a float32
+    at a time never gets beyond 1, and ends with −τ. Nothing else is rounded: all numbers are bfloat16, and
+    rows and classes come in pairs of either sign, so that their means are zero.
+    """
+    from ncfast.ops.affine_argmax import triton as kernels
+
+    monkeypatch.setattr(kernels, "_ONE_PLANE_CLASSES", one_plane_classes)
+    features, weight = torch.full((3, 2048), 2.0**-14), torch.full((1, 2048), 15 / 16 * 2.0**-14)
+    features[:, :16] = features[:, -16:] = weight[:, :16] = weight[:, -16:] = 0
+    features[:, 0], features[:, -2], features[:, -1] = 1, -1, -(2.0**-10) * torch.tensor([1.0, 1.25, 1.5])
+    weight[:, 0], weight[:, -2], weight[:, -1] = 1, 1, 2.0**-8
+    features, weight = torch.cat([features, -features]), torch.cat([weight, -weight])
+    right = [0, 0, 0, 1, 1, 1]
+    with ncfast.use_backend("reference"):
+        assert ncfast.affine_argmax(features, weight).tolist() == right
+    given = features.to(device), weight.to(device)
+    assert run("triton", ncfast.affine_argmax, *given).tolist() == right
+    if device == "cpu" and not triton_machines.INTERPRETED:
+        # It is the bound on p additions that saves them: with that on one addition all are decided wrongly.
+        limits = kernels._limits
+        monkeypatch.setattr(kernels, "_limits", lambda _, *rest: limits(1, *rest))
+        assert run("triton", ncfast.affine_argmax, *given).tolist() == right[::-1]
+
+
+def test_what_is_not_finite_reaches_float64(device):
+    """Whatever the best two scores make of NaN and infinity, the row's norm or the classes' keeps it open."""
+    features, weight, bias = torch.randn(40, 24), torch.randn(20, 24), torch.randn(20)
+    huge = features * torch.logspace(0, 38, 40)[:, None]  # squares overflow from 1e19 on
+    huge[2, 3], huge[4, 0] = torch.inf, -torch.inf
+    check_argmax(device, huge, [weight], [bias])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        broken = weight.clone()
+        broken[[2, 17], [0, 5]] = value  # a class of such scores: never the best where they are NaN
+        check_argmax(device, features, [broken, weight], [bias, bias])
+        check_argmax(device, features, [weight], [bias.index_fill(0, torch.tensor([0, 13]), value)])
+
+
 @pytest.mark.parametrize(("C", "p"), [(2, 1), (33, 7)])  # the fewest; one above a tile
 @pytest.mark.parametrize("close", [False, True])
 def test_pair_geometry(device, C, p, close):

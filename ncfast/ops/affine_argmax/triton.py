@@ -159,7 +159,11 @@ def _keep_two(best, second, index, scores, c, mask):
 
 @triton.jit
 def _is_open(best, second, x, residual, limits):
-    """Whether the best two scores are closer than twice the error bound, or either is not a number."""
+    """Whether the best two scores are closer than twice the error bound, or the bound is not a finite number.
+
+    It is not where a score is not: a score is no larger than the norm of its row, and a class that is not
+    finite leaves no finite limit.
+    """
     bound = x * tl.load(limits) + residual * tl.load(limits + 1) + tl.load(limits + 2)
     return ~(best - second > 2.0 * bound)
 
