@@ -344,6 +344,38 @@ def test_decision_radius_of_any_scale(device):
     assert ((got - want).abs() <= bound)[[0, 3, 4]].all()
 
 
+@pytest.mark.parametrize("exponent", [-1010, -600, -500, 500, 600, 1010])
+def test_no_scale_matters_to_pairs(device, exponent):
+    """What pairs of rows say about rows whose squares leave the range of float64."""
+    left, right = torch.randn(2, 5, 3, dtype=torch.float64).bfloat16().double()
+    scale = 2.0**exponent
+    variances = torch.rand(5, dtype=torch.float64)
+    want = run("reference", ncfast.pair_geometry, left, variances)
+    # Variances are squares themselves: there are none where those leave the range.
+    given = [(left * scale).to(device)] + ([(variances * scale * scale).to(device)] * (abs(exponent) == 500))
+    got = run("triton", ncfast.pair_geometry, *given)
+    for name, ours, theirs in zip(want._fields, got, want, strict=True):
+        if ours is not None:
+            ours = ours.cpu() / scale if name == "nearest_distance" else ours.cpu()
+            assert_within(ours, theirs, 256 * 2.0**-52 * max(1.0, float(theirs.abs().max())), name)
+    got = run("triton", etf_error, given[0], right.to(device))
+    assert_within(got.cpu(), run("reference", etf_error, left, right), 1e-12)
+
+
+def test_decision_radius_of_nan(device):
+    """Nothing is certified by a number that is none."""
+    weight, anchors = torch.randn(2, 40, 3, dtype=torch.float64)
+    bias = torch.zeros(40, dtype=torch.float64)
+    want = run("reference", ncfast.decision_radius, weight, bias, anchors)
+    for broken in range(3):
+        given = [weight.clone(), bias.clone(), anchors.clone()]
+        given[broken][37] = torch.nan
+        certified = run("reference", ncfast.decision_radius, *given) > -torch.inf
+        got = run("triton", ncfast.decision_radius, *(tensor.to(device) for tensor in given)).cpu()
+        assert torch.equal(got > -torch.inf, certified)
+        assert_within(got[certified], want[certified], 1e-12) if certified.any() else None
+
+
 @pytest.mark.parametrize("machine", ["sm_80", "sm_90"])
 def test_no_races_in_shared_memory(machine, races):
     """Every kernel once with the emulator's race detector."""
