@@ -5,6 +5,8 @@ whatever would need a value on the host (`.item()`, `bool()`, `nonzero`, boolean
 `measure` needs values in the end: `onlooker` writes down where.
 """
 
+import contextlib
+
 import onlooker
 import pytest
 import torch
@@ -56,6 +58,31 @@ def test_affine_argmax_does_not_wait(C, launches):
     with ncfast.use_backend("triton"):
         ncfast.affine_argmax(torch.empty(70, 20, device="meta"), rules, [None, None])
     assert "_settle" in launches
+
+
+def test_everything_is_chosen_for_the_device_of_the_features(launches, monkeypatch):
+    """With GPUs of two architectures in a machine, the current one need not be that of the features."""
+    from ncfast.ops import target
+
+    inside = []
+
+    @contextlib.contextmanager
+    def active(_):
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def architecture():
+        assert inside
+        return "sm_90"
+
+    monkeypatch.setattr(target, "active", active)
+    monkeypatch.setattr(target, "architecture", architecture)
+    features, labels = torch.empty(300, 20, device="meta"), torch.zeros(300, dtype=torch.int64, device="meta")
+    with ncfast.use_backend("triton"):
+        ncfast.class_scatter(features, labels, torch.empty(5, 20, device="meta"))
+        ncfast.affine_argmax(features, torch.empty(5, 20, device="meta"))
+    assert {"_scatter_pairs", "_top_two"} <= set(launches)
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,24 @@ def test_decision_radius_of_any_scale(device):
     assert ((got - want).abs() <= bound)[[0, 3, 4]].all()
 
 
+@pytest.mark.parametrize("machine", ["sm_80", "sm_90"])  # elsewhere the tensor is copied first
+def test_offsets_beyond_32_bits(machine, tmp_path):
+    """Rows, then columns 2²⁶ elements apart in a sparse file: 32 bits wrap around at the 33rd."""
+    device = triton_machines.start(machine)
+    N, p, step = 40, 20, 2**26
+    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=N * step, dtype=torch.float16)
+    rows, labels, weight = torch.randn(N, p).half(), torch.arange(N) % 2, torch.randn(9, N)
+    view = storage.as_strided((N, p), (step, 1))
+    view.copy_(rows)
+    for C in (1, 20):  # grouped; direct
+        check_scatter(device, view, labels % C, torch.zeros(C, p))
+    check_argmax(device, view, [weight[:, :p]], [None])
+    view = storage.as_strided((p, N), (1, step))
+    for C in (1, 20):
+        check_scatter(device, view, labels[:p] % C, torch.zeros(C, N))
+    check_argmax(device, view, [weight], [None])
+
+
 @pytest.mark.parametrize("exponent", [-1010, -600, -500, 500, 600, 1010])
 def test_no_scale_matters_to_pairs(device, exponent):
     """What pairs of rows say about rows whose squares leave the range of float64."""

@@ -363,12 +363,12 @@ def class_scatter(
     """Compute `ncfast.ops.class_scatter`; a label outside [0, C) is left out. Never synchronises."""
     (N, p), C = features.shape, shift.shape[0]
     shift, labels = shift.contiguous(), labels.contiguous()
-    aligned = target.aligned(features)
-    tile = choose_tile(target.architecture(), precision, features.element_size(), N, p, C, aligned)
-    # Padding every class to whole tiles then adds an eighth of the rows at most, on average.
-    grouped = scatter and N >= 4 * tile.BN * C
     product = distances = None
     with target.active(features):
+        aligned = target.aligned(features)
+        tile = choose_tile(target.architecture(), precision, features.element_size(), N, p, C, aligned)
+        # Padding every class to whole tiles then adds an eighth of the rows at most, on average.
+        grouped = scatter and N >= 4 * tile.BN * C
         rows = _rows_by_class(labels, C, ignore_index, tile.BN if grouped else None)
         group_sums = row_squares = features.new_empty(0, dtype=torch.float32)
         if grouped:
