@@ -120,12 +120,18 @@ class ClassStatistics:
         rows with a label outside [0, C) or (nonfinite="error") a NaN or infinity are left out and reported by
         the next property, `merge` or `state_dict`, which synchronises anyway.
 
+        torch.compile keeps it in the graph (fullgraph=True included); shifts then stay where they are chosen,
+        as on a GPU.
+
         Raises:
             TypeError, ValueError: dtypes, shapes or devices that do not agree; on the CPU also a label
                 outside [0, C) that is not `ignore_index`, or a NaN or infinity in the features, naming the
                 row.
 
         """
+        if torch.compiler.is_compiling():
+            return self._update_in_graph(features, labels)
+        self._thaw()
         self._add(features, labels, radii=False)
         self._rows_since += len(features)
         if not self._defers and self._rows_since >= self._rows_then:
@@ -150,11 +156,20 @@ class ClassStatistics:
 
         As `update`, but a shift once chosen stays, so that the distances of all batches are about the same.
         """
+        self._thaw()
         return cast(torch.Tensor, self._add(features, labels, radii=True))
+
+    def _update_in_graph(self, features: torch.Tensor, labels: torch.Tensor) -> "ClassStatistics":
+        if features.dtype == torch.float64:
+            self.shift = self.shift.double()
+        state = self.counts, self.shift, self.sums, self.sumsq, self._scatter, self._skipped, self._refused
+        options = self.precision, self.ignore_index, self.nonfinite
+        torch.ops.ncfast.update_statistics(features.detach(), labels, *state, *options)
+        self._upper_only, self._none_refused = self._scatter is not None, False
+        return self
 
     def _add(self, features: torch.Tensor, labels: torch.Tensor, radii: bool) -> torch.Tensor | None:
         features, labels = self._checked(features, labels)
-        self._thaw()
         if features.shape[0] == 0:
             return features.new_empty(0, dtype=torch.float32) if radii else None
         if features.dtype == torch.float64 and self.shift.dtype == torch.float32:
@@ -511,6 +526,43 @@ class ClassStatistics:
             f"num_samples={self.num_samples}, scatter={self._scatter is not None}, "
             f"device='{self.counts.device}')"
         )
+
+
+# What torch.compile sees of `update`: one node that writes to the state.
+@torch.library.custom_op(
+    "ncfast::update_statistics",
+    mutates_args=("counts", "shift", "sums", "sumsq", "scatter", "skipped", "refused"),
+)
+def _update_op(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    counts: torch.Tensor,
+    shift: torch.Tensor,
+    sums: torch.Tensor,
+    sumsq: torch.Tensor,
+    scatter: torch.Tensor | None,
+    skipped: torch.Tensor,
+    refused: torch.Tensor,
+    precision: str,
+    ignore_index: int,
+    nonfinite: str,
+) -> None:
+    stats = ClassStatistics(
+        *sums.shape,
+        scatter=False,
+        precision=precision,
+        ignore_index=ignore_index,
+        nonfinite=nonfinite,
+        device=sums.device,
+    )
+    stats.counts, stats.shift, stats.sums, stats.sumsq, stats.scatter = counts, shift, sums, sumsq, scatter
+    stats._skipped, stats._refused = skipped, refused
+    stats._add(features, labels, radii=False)
+
+
+@_update_op.register_fake
+def _(*_: Any) -> None:
+    return None
 
 
 def weighted_mean(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
