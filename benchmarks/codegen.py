@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ncfast.ops.affine_argmax import triton as affine_argmax
+from ncfast.ops.class_scatter import PRECISIONS
 from ncfast.ops.class_scatter import triton as class_scatter
 from ncfast.ops.pair_geometry import triton as pair_geometry
 from ncfast.ops.target import SHARED_LIMIT
@@ -98,6 +99,8 @@ class Row(NamedTuple):
     wide_loads: int
     resident: int
     """programs per multiprocessor that registers and shared memory allow"""
+    aligned: bool = True
+    """whether the case's rows are: elements that may begin anywhere cannot be loaded 128 bits at a time"""
 
     def faults(self) -> list[str]:
         """What the gate forbids."""
@@ -110,34 +113,52 @@ class Row(NamedTuple):
             found.append(f"{self.shared} bytes of shared memory")
         if self.kernel in MATRIX and not self.matrix:
             found.append("no matrix instruction in a loop")
-        if self.kernel in MATRIX and not self.wide_loads:
-            found.append("no 128-bit load")
+        if self.kernel in MATRIX and self.aligned and not self.wide_loads:
+            found.append("no 128-bit load in a loop")
         return [f"{self.target} {self.kernel} ({self.case}): {fault}" for fault in found]
 
 
-def cases(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls that together launch every kernel with every tile that the choosers can pick, aligned p."""
+def cases(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, bool, Callable[[], Any]]]:
+    """Calls that together launch every kernel with every tile that the choosers can pick.
+
+    What they are, whether the rows are aligned, and the call. To keep the gate short float16, which differs
+    from bfloat16 in one instruction, is multiplied at "high" only, and rows that are not aligned are float32,
+    which takes the most registers.
+    """
     for dtype in dtypes:
         word = str(dtype).removeprefix("torch.")
-        for N, size in ((4096, "small"), (4224, "large")):
-            h, y = torch.zeros(N, 512, dtype=dtype), torch.zeros(N, dtype=torch.int64)
-            for precision in ("highest", "high", "medium"):
-                for C, mode in ((2, "grouped"), (1000, "direct")):
-                    k = torch.zeros(C, 512)
-                    yield (
-                        f"{word}, {precision}, {size}, {mode}",
-                        lambda h=h, y=y, k=k, precision=precision: class_scatter.class_scatter(
-                            h, y, k, radii=True, precision=precision
-                        ),
-                    )
-        few = torch.zeros(128, 512, dtype=dtype)
+        h = torch.zeros(4224, 512, dtype=dtype)
+        for precision in ("high",) if dtype == torch.float16 else PRECISIONS:
+            yield from ((f"{word}, {case}", True, call) for case, call in _scatters(h, precision))
         for C in (10, 32, 64, 128, 1024):
-            rules = [(torch.zeros(C // 2, 512), torch.zeros(C // 2))] * 2
-            yield f"{word}, C = {C}", lambda few=few, rules=rules: affine_argmax.affine_argmax(few, rules)
+            yield f"{word}, C = {C}", True, _argmax(h, C)
+    odd, transposed = torch.zeros(4224, 509), torch.zeros(512, 4224).T
+    for precision in PRECISIONS:
+        yield from ((f"float32, p = 509, {case}", False, call) for case, call in _scatters(odd, precision))
+    for C in (10, 1024):
+        yield f"float32, p = 509, C = {C}", False, _argmax(odd, C)
+    yield "float32, transposed, high, large, direct", False, _scatter(transposed, 1000, "high")
+    yield "float32, transposed, C = 1024", False, _argmax(transposed, 1024)
     rows = torch.randn(64, 64, dtype=torch.float64)
-    yield "float64", lambda: pair_geometry.pair_geometry(rows, rows[0])
-    yield "float64", lambda: pair_geometry.etf_error(rows, None)
-    yield "float64", lambda: pair_geometry.decision_radius(rows, rows[0], rows, torch.arange(64))
+    yield "float64", True, lambda: pair_geometry.pair_geometry(rows, rows[0])
+    yield "float64", True, lambda: pair_geometry.etf_error(rows, None)
+    yield "float64", True, lambda: pair_geometry.decision_radius(rows, rows[0], rows, torch.arange(64))
+
+
+def _scatters(h: torch.Tensor, precision: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for N, size in ((4096, "small"), (4224, "large")):
+        for C, mode in ((2, "grouped"), (1000, "direct")):
+            yield f"{precision}, {size}, {mode}", _scatter(h[:N], C, precision)
+
+
+def _scatter(h: torch.Tensor, C: int, precision: str) -> Callable[[], Any]:
+    labels, shift = torch.zeros(len(h), dtype=torch.int64), torch.zeros(C, h.shape[1])
+    return lambda: class_scatter.class_scatter(h, labels, shift, radii=True, precision=precision)
+
+
+def _argmax(h: torch.Tensor, C: int) -> Callable[[], Any]:
+    rules = [(torch.zeros(C // 2, h.shape[1]), torch.zeros(C // 2))] * 2
+    return lambda: affine_argmax.affine_argmax(h[:128], rules)
 
 
 def compiled(target: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> list[Row]:
@@ -154,7 +175,7 @@ def compiled(target: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) ->
     seen: set[int] = set()
     rows = []
     try:
-        for case, call in cases(dtypes):
+        for case, aligned, call in cases(dtypes):
             call()
             for kernel in kernels:
                 if device not in kernel.device_caches:
@@ -162,7 +183,7 @@ def compiled(target: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) ->
                 for binary in kernel.device_caches[device][0].values():
                     if id(binary) not in seen:
                         seen.add(id(binary))
-                        rows.append(_row(target, kernel.fn.__name__, case, binary))
+                        rows.append(_row(target, kernel.fn.__name__, case, aligned, binary))
     finally:
         for kernel in kernels:
             kernel.device_caches.pop(device, None)
@@ -171,7 +192,7 @@ def compiled(target: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) ->
     return rows
 
 
-def _row(target: str, kernel: str, case: str, binary: Any) -> Row:
+def _row(target: str, kernel: str, case: str, aligned: bool, binary: Any) -> Row:
     warps, shared = binary.metadata.num_warps, binary.metadata.shared
     read = _amd if "amdgcn" in binary.asm else _nvidia
     registers, spills, local, matrix, wide = read(binary.asm)
@@ -182,11 +203,11 @@ def _row(target: str, kernel: str, case: str, binary: Any) -> Row:
         by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
         by_shared = (SHARED_LIMIT[target] + 1024) // (shared + 1024)
     resident = min(by_registers, by_shared, 16)
-    return Row(target, kernel, case, warps, registers, spills, local, shared, matrix, wide, resident)
+    return Row(target, kernel, case, warps, registers, spills, local, shared, matrix, wide, resident, aligned)
 
 
 def _nvidia(asm: dict[str, Any]) -> tuple[int, int, int, int, int]:
-    """Registers, spilled stores, bytes of local memory, matrix instructions and 128-bit loads of a cubin."""
+    """Registers, spilled stores, local bytes; matrix instructions and 128-bit loads in loops, of a cubin."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -195,22 +216,20 @@ def _nvidia(asm: dict[str, Any]) -> tuple[int, int, int, int, int]:
         sass = _output(tools / "nvdisasm", "-c", file.name)
     registers = max(int(number) for number in re.findall(r"REG:(\d+)", usage))
     stack = max(int(number) for number in re.findall(r"STACK:(\d+)", usage))
+    loops = _loops(sass, r"^(\.L_x_\d+):", r"\bBRA\b.*\((\.L_x_\d+)\)")
     return (
         registers,
         len(re.findall(r"\bSTL\b", sass)),
         stack,
-        len(
-            re.findall(
-                r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", _loops(sass, r"^(\.L_x_\d+):", r"\bBRA\b.*\((\.L_x_\d+)\)")
-            )
-        ),
-        len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128\b", sass)),
+        len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", loops)),
+        len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128\b", loops)),
     )
 
 
 def _amd(asm: dict[str, Any]) -> tuple[int, int, int, int, int]:
-    """Registers, spilled ones, bytes of scratch, matrix instructions and 128-bit loads of AMD assembly."""
+    """Registers, spilled ones, scratch bytes; matrix instructions and 128-bit loads in loops, of AMD's."""
     text = asm["amdgcn"]
+    loops = _loops(text, r"^(\.LBB\d+_\d+):", r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)")
 
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
@@ -219,10 +238,8 @@ def _amd(asm: dict[str, Any]) -> tuple[int, int, int, int, int]:
         field("vgpr_count"),
         field("vgpr_spill_count"),
         field("private_segment_fixed_size"),
-        len(
-            re.findall(r"\bv_s?mfma_", _loops(text, r"^(\.LBB\d+_\d+):", r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)"))
-        ),
-        len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
+        len(re.findall(r"\bv_s?mfma_", loops)),
+        len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", loops)),
     )
 
 
@@ -269,8 +286,9 @@ def main() -> None:
         "",
         "`spills` counts spill stores (AMD: spilled registers), `local` bytes of local memory, `shared`",
         "bytes of shared memory or LDS, `matrix` matrix instructions in loops (HMMA, HGMMA, UTCMMA, MFMA),",
-        "`wide_loads` 128-bit global loads, `resident` how many programs fit a multiprocessor by registers",
-        "and shared memory. float64 kernels, and those that only move or add, have no matrix instruction.",
+        "`wide_loads` 128-bit global loads there, `resident` how many programs fit a multiprocessor by",
+        "registers and shared memory. float64 kernels, and those that only move or add, have no matrix",
+        "instruction. Rows that are not `aligned` to 16 elements cannot be loaded 128 bits at a time.",
         "",
         "## Estimate",
         "",
@@ -285,7 +303,8 @@ def main() -> None:
         *roofline(N, p, C),
     ]
     for target in TARGETS:
-        lines += ["", f"## {target}", "", "| " + " | ".join(Row._fields[1:]) + " |", "| --- " * 10 + "|"]
+        fields = Row._fields[1:]
+        lines += ["", f"## {target}", "", "| " + " | ".join(fields) + " |", "| --- " * len(fields) + "|"]
         lines += ["| " + " | ".join(map(str, row[1:])) + " |" for row in rows if row.target == target]
     Path(__file__).with_name("CODEGEN.md").write_text("\n".join(lines) + "\n")
     faults = [fault for row in rows for fault in row.faults()]

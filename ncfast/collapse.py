@@ -139,18 +139,17 @@ def collapse_and_distances(
     """`collapse`, and each present class's distance from the nearest other mean, ∞ for a single class."""
     check_global_mean(global_mean)
     check_classifier(weight, bias, stats.num_classes, stats.dim, stats.counts.device)
-    num_samples = stats.num_samples
-    if num_samples == 0:
+    present = stats.present.nonzero().squeeze(1)
+    if len(present) == 0:
         raise ValueError("the statistics hold no samples")
-    present = stats.present
     means = stats.means[present]  # [C, p]
     counts = stats.counts[present]
     weights = counts if global_mean == "samples" else torch.ones_like(counts)
     centred = means - weighted_mean(means, weights)
     within, between = stats.trace_within, centred.square().sum() / len(means)
     # Below what rounding leaves of means that coincide: of float32 residuals, and of float64 means.
-    if between <= 2.0**-44 * within + (2.0**-48 * means.norm(dim=1).max()) ** 2:
-        centred, between = torch.zeros_like(centred), torch.zeros_like(between)
+    coincide = between <= 2.0**-44 * within + (2.0**-48 * means.norm(dim=1).max()) ** 2
+    centred, between = centred.masked_fill(coincide, 0.0), between.masked_fill(coincide, 0.0)
     numbers = {"trace_within": within, "trace_between": between, "trace_ratio": within / between}
     distances = means.new_full((len(means),), torch.inf)
     if len(means) > 1:
@@ -168,11 +167,13 @@ def collapse_and_distances(
         numbers["etf_error_product"] = etf_error(rows, centred)
         products = (rows * centred).sum(1)
         numbers["unc3"] = _variation(products / rows.norm(dim=1) / centred.norm(dim=1))
-    values = torch.stack(list(numbers.values())).tolist()  # the one synchronisation
+    values = torch.stack(list(numbers.values())).tolist()  # a GPU has finished then
+    if means.device.type != "cpu":
+        _check_finite(weight, bias)
     measurable = {name: value for name, value in zip(numbers, values, strict=True) if math.isfinite(value)}
     report = CollapseReport(
         **measurable,
-        num_samples=num_samples,
+        num_samples=stats.num_samples,
         num_classes=len(means),
         num_absent=stats.num_classes - len(means),
         num_skipped=stats.num_skipped,
@@ -191,7 +192,10 @@ def check_global_mean(global_mean: str) -> None:
 def check_classifier(
     weight: torch.Tensor | None, bias: torch.Tensor | None, num_classes: int, dim: int, device: torch.device
 ) -> None:
-    """Raise unless weight [num_classes, dim] and bias [num_classes] are floating, finite, on `device`."""
+    """Raise unless weight [num_classes, dim] and bias [num_classes] are floating, on `device`, and finite.
+
+    The last on the CPU only: elsewhere `collapse_and_distances` looks, when it waits anyway.
+    """
     if weight is None and bias is not None:
         raise ValueError("bias was given without weight")
     for tensor, name, shape in ((weight, "weight", (num_classes, dim)), (bias, "bias", (num_classes,))):
@@ -203,7 +207,13 @@ def check_classifier(
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but the features are on {device}")
-        if not tensor.isfinite().all():
+    if device.type == "cpu":
+        _check_finite(weight, bias)
+
+
+def _check_finite(weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+    for tensor, name in ((weight, "weight"), (bias, "bias")):
+        if tensor is not None and not tensor.isfinite().all():
             raise ValueError(f"{name} holds a NaN or an infinity")
 
 
@@ -221,7 +231,7 @@ def _nc1(stats: ClassStatistics, centred: torch.Tensor, weights: torch.Tensor) -
         w = weights.double() / weights.double().norm()
         factor, failed = torch.linalg.cholesky_ex(gram + gram.trace() / C * torch.outer(w, w))
         solution = torch.cholesky_solve(frame, factor)  # Y [C, p]
-        if failed == 0 and solution.square().sum() * gram.norm() < 2.0**26:
+        if (failed == 0) & (solution.square().sum() * gram.norm() < 2.0**26):
             return stats.within_quadratic(solution.T).sum() / C
         # Σ_k v_kᵀ Σ_W v_k / λ_k over the eigenpairs (λ_k, v_k) of Σ_B; the eigenvectors u of G give
         # v = frameᵀ u / √λ.

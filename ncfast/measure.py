@@ -94,12 +94,15 @@ def measure(
     if num_classes is None:
         num_classes = _inferred_classes(y, ignore_index) if W is None else len(W)
     check_classifier(W, b, num_classes, h.shape[1], h.device)
-    check_label_range(y, num_classes, ignore_index)
+    here = h.device.type == "cpu"  # on a GPU rows are checked on the device, and complained about later
+    if here:
+        check_label_range(y, num_classes, ignore_index)
     if test is not None:
         test_h, test_y = _labelled(*test, "test features", "test labels")
         if test_h.shape[1] != h.shape[1] or test_h.device != h.device:
             raise ValueError(f"test features must have shape [M, {h.shape[1]}] and be on {h.device}")
-        check_label_range(test_y, num_classes, ignore_index)
+        if here:
+            check_label_range(test_y, num_classes, ignore_index)
     stats = ClassStatistics(
         num_classes,
         h.shape[1],
@@ -114,22 +117,27 @@ def measure(
         with rows_from(rows.start):
             seen.append(stats.accumulate(h[rows], y[rows]))
     radii = torch.cat(seen)
+    if stats.num_refused:
+        check_label_range(y, num_classes, ignore_index)
+        raise_for_nonfinite(h, y, ignore_index)
     report, distances = collapse_and_distances(stats, W, b, global_mean=global_mean)
     if W is None:
         return report
     means = stats.means
     gap = (stats.shift - means).norm(dim=1)
     on_train = _Decisions(W, b, means, distances, certificates, nearest_center=test is None)
-    train = _Tally()
-    for rows in _chunks(h, progress, "train decisions"):
-        train += on_train.count(h[rows], y[rows], radii[rows], gap)
+    counts = [
+        on_train.count(h[rows], y[rows], radii[rows], gap) for rows in _chunks(h, progress, "train decisions")
+    ]
+    train = _Tally.of(counts)
     if test is None:
         return dataclasses.replace(report, nc4_data="train", train_accuracy=train.accuracy, **train.nc4())
     on_test = _Decisions(W, b, means, distances, certificates)
-    held_out = _Tally()
+    counts = []
     for rows in _chunks(test_h, progress, "test decisions"):
         with rows_from(rows.start):
-            held_out += on_test.count_new(test_h[rows], test_y[rows], ignore_index, nonfinite)
+            counts.append(on_test.count_new(test_h[rows], test_y[rows], ignore_index, nonfinite))
+    held_out = _Tally.of(counts)
     return dataclasses.replace(
         report,
         nc4_data="test",
@@ -216,7 +224,7 @@ def measure_model(
                 held.append((h, y))
         report, distances = collapse_and_distances(stats, W, b, global_mean=global_mean)
         decisions = _Decisions(W, b, stats.means, distances)
-        tally = _Tally()
+        counts = []
         if held:
             second: Iterable[tuple[torch.Tensor, torch.Tensor]] = held
         else:
@@ -225,8 +233,9 @@ def measure_model(
         seen = 0
         for h, y in second:
             with rows_from(seen):
-                tally += decisions.count_new(h, y, ignore_index, nonfinite)
+                counts.append(decisions.count_new(h, y, ignore_index, nonfinite))
             seen += len(h)
+    tally = _Tally.of(counts)
     return dataclasses.replace(
         report,
         nc4_data="train" if test_loader is None else "test",
@@ -245,9 +254,10 @@ class _Tally:
     correct: int = 0
     disagreeing: int = 0
 
-    def __add__(self, other: "_Tally") -> "_Tally":
-        ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return _Tally(*(a + b for a, b in zip(ours, theirs, strict=True)))
+    @classmethod
+    def of(cls, counts: list[torch.Tensor]) -> "_Tally":
+        """Add up what `_Decisions.count` returned, [4] each, and wait for it."""
+        return cls(*torch.stack(counts).sum(0).tolist()) if counts else cls()
 
     @property
     def accuracy(self) -> float | None:
@@ -279,9 +289,12 @@ class _Decisions:
     ) -> None:
         self.weight, self.means, self.nearest_center = weight, means, nearest_center
         self.bias = weight.new_zeros(len(weight)) if bias is None else bias
-        self.present = (~means[:, 0].isnan()).nonzero().squeeze(1)
-        everyone = len(self.present) == len(means)
-        self.anchors = means if everyone else means[self.present]
+        everyone = len(distances) == len(means)
+        if everyone:
+            self.present, self.anchors = torch.arange(len(means), device=means.device), means
+        else:
+            self.present = (~means[:, 0].isnan()).nonzero().squeeze(1)
+            self.anchors = means[self.present]
         nothing = means.new_full((len(means),), -torch.inf)  # is what an absent class certifies
         self.limits = [nothing]
         if certificates:
@@ -307,8 +320,11 @@ class _Decisions:
 
     def count(
         self, features: torch.Tensor, labels: torch.Tensor, radii: torch.Tensor, gap: torch.Tensor
-    ) -> _Tally:
-        """Decide the rows whose `radii` [N], ‖h − k_y‖, are no NaN; `gap` [C] is ‖k_c − μ_c‖."""
+    ) -> torch.Tensor:
+        """Decide the rows whose `radii` [N], ‖h − k_y‖, are no NaN; `gap` [C] is ‖k_c − μ_c‖.
+
+        Returns [4] int64, the fields of a `_Tally`.
+        """
         p = features.shape[1]
         # p float32 squares were added, of differences rounded once; squares below 2⁻¹⁴⁹ were lost.
         total, _, rows = certify(
@@ -319,28 +335,32 @@ class _Decisions:
             scale=1 + (p + 8) * 2.0**-24,
             offset=p**0.5 * 2.0**-62,
         )
-        correct = disagreeing = 0
+        correct, disagreeing = total - len(rows), torch.zeros_like(total)
         everyone = len(rows) == len(features)
         parts = [rows] if everyone else rows.split(max(1, _GATHERED // p))
         for part in parts if len(rows) else ():
             scored = features if everyone else features[part]
             weights, biases = zip(*self.rules, strict=True)
             by_classifier, *by_center = affine_argmax(scored, weights, biases)
-            correct += int((by_classifier == labels[part]).sum())
+            correct = correct + (by_classifier == labels[part]).sum()
             if by_center:
-                disagreeing += int((by_classifier != self.present[by_center[0]]).sum())
-        return _Tally(total, total - len(rows), total - len(rows) + correct, disagreeing)
+                disagreeing = disagreeing + (by_classifier != self.present[by_center[0]]).sum()
+        return torch.stack([total, total - len(rows), correct, disagreeing])
 
     def count_new(
         self, features: torch.Tensor, labels: torch.Tensor, ignore_index: int, nonfinite: str
-    ) -> _Tally:
+    ) -> torch.Tensor:
         """Decide rows that the statistics have not seen: check them and get their distance to μ_y first."""
         if nonfinite == "skip":
             labels = torch.where(nonfinite_rows(features), ignore_index, labels)
-        check_label_range(labels, len(self.means), ignore_index)
+        if features.device.type == "cpu":
+            check_label_range(labels, len(self.means), ignore_index)
+        known = (labels >= 0) & (labels < len(self.means)) | (labels == ignore_index)
+        y = torch.where(known, labels, ignore_index)
         shift = self.centers.to(shift_dtype(features.dtype))
-        seen = class_scatter(features, labels, shift, scatter=False, radii=True, ignore_index=ignore_index)
-        if features.device.type != "cpu" and not seen.sumsq.isfinite().all():
+        seen = class_scatter(features, y, shift, scatter=False, radii=True, ignore_index=ignore_index)
+        if features.device.type != "cpu" and not known.all() & seen.sumsq.isfinite().all():
+            check_label_range(labels, len(self.means), ignore_index)
             raise_for_nonfinite(features, labels, ignore_index)
         return self.count(
             features, labels, cast(torch.Tensor, seen.radii), (shift - self.centers).norm(dim=1)
@@ -351,18 +371,16 @@ def _sampled_shift(
     features: torch.Tensor, labels: torch.Tensor, num_classes: int, ignore_index: int
 ) -> torch.Tensor:
     """[C, p]: the mean of the first rows of every class, NaN where one is not finite, or none is there."""
-    kept = (labels != ignore_index).nonzero().squeeze(1)
-    order = kept[labels[kept].argsort(stable=True)]
     dtype = shift_dtype(features.dtype)
-    if len(order) == 0:
+    if len(labels) == 0:
         return features.new_full((num_classes, features.shape[1]), torch.nan, dtype=dtype)
-    y = labels[order]
-    starts = torch.searchsorted(y, torch.arange(num_classes, device=y.device))
+    kept = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    y, order = torch.where(kept, labels, num_classes).sort(stable=True)
+    starts = torch.searchsorted(y, torch.arange(num_classes + 1, device=y.device))
     rank = torch.arange(len(y), device=y.device) - starts[y]
-    rows = order[rank < _SHIFT_ROWS]
-    sampled = torch.full_like(labels, ignore_index)
-    sampled[rows] = labels[rows]
-    first = features[order[starts.clamp(max=len(y) - 1)]].to(dtype)
+    sampled = torch.empty_like(labels)
+    sampled[order] = torch.where((rank < _SHIFT_ROWS) & (y < num_classes), y, ignore_index)
+    first = features[order[starts[:-1].clamp(max=len(y) - 1)]].to(dtype)  # another class's for an absent one
     run = dispatch.select("class_scatter", features, scatter=False)
     counts, sums = y.new_zeros(num_classes), first.new_zeros(first.shape, dtype=torch.float64)
     for chunk in _chunks(features):
@@ -400,10 +418,11 @@ def as_tensor(array: Array, name: str) -> torch.Tensor:
 
 def _inferred_classes(labels: torch.Tensor, ignore_index: int) -> int:
     """The largest label + 1, unless that looks like one corrupt label that would ask for a huge [C, p]."""
-    kept = labels[labels != ignore_index]
-    if len(kept) == 0:
+    none = torch.iinfo(torch.int64).min
+    largest = int(torch.where(labels != ignore_index, labels, none).max()) if len(labels) else none
+    if largest == none:
         raise ValueError("there are no labelled samples; pass num_classes or weight to measure an empty set")
-    num_classes = max(0, int(kept.max())) + 1
+    num_classes = max(0, largest) + 1
     if num_classes > 1000 + 10 * len(labels):
         raise ValueError(
             f"the largest label is {num_classes - 1} among {len(labels)} samples; "

@@ -97,6 +97,7 @@ class ClassStatistics:
         # synchronisation.
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._refused = torch.zeros((), dtype=torch.int64, device=device)
+        self._none_refused = False  # whether _refused is known to be zero: reading it waits for a GPU
 
     @property
     def scatter(self) -> torch.Tensor | None:
@@ -119,12 +120,18 @@ class ClassStatistics:
         rows with a label outside [0, C) or (nonfinite="error") a NaN or infinity are left out and reported by
         the next property, `merge` or `state_dict`, which synchronises anyway.
 
+        torch.compile keeps it in the graph (fullgraph=True included); shifts then stay where they are chosen,
+        as on a GPU.
+
         Raises:
             TypeError, ValueError: dtypes, shapes or devices that do not agree; on the CPU also a label
                 outside [0, C) that is not `ignore_index`, or a NaN or infinity in the features, naming the
                 row.
 
         """
+        if torch.compiler.is_compiling():
+            return self._update_in_graph(features, labels)
+        self._thaw()
         self._add(features, labels, radii=False)
         self._rows_since += len(features)
         if not self._defers and self._rows_since >= self._rows_then:
@@ -149,11 +156,20 @@ class ClassStatistics:
 
         As `update`, but a shift once chosen stays, so that the distances of all batches are about the same.
         """
+        self._thaw()
         return cast(torch.Tensor, self._add(features, labels, radii=True))
+
+    def _update_in_graph(self, features: torch.Tensor, labels: torch.Tensor) -> "ClassStatistics":
+        if features.dtype == torch.float64:
+            self.shift = self.shift.double()
+        state = self.counts, self.shift, self.sums, self.sumsq, self._scatter, self._skipped, self._refused
+        options = self.precision, self.ignore_index, self.nonfinite
+        torch.ops.ncfast.update_statistics(features.detach(), labels, *state, *options)
+        self._upper_only, self._none_refused = self._scatter is not None, False
+        return self
 
     def _add(self, features: torch.Tensor, labels: torch.Tensor, radii: bool) -> torch.Tensor | None:
         features, labels = self._checked(features, labels)
-        self._thaw()
         if features.shape[0] == 0:
             return features.new_empty(0, dtype=torch.float32) if radii else None
         if features.dtype == torch.float64 and self.shift.dtype == torch.float32:
@@ -177,6 +193,7 @@ class ClassStatistics:
             self._skipped += skipped
         if refused is not None:
             self._refused += refused
+            self._none_refused = False
         return distances
 
     def merge(self, other: "ClassStatistics") -> "ClassStatistics":
@@ -305,7 +322,7 @@ class ClassStatistics:
         return self.counts.device.type != "cpu"
 
     def _raise_refused(self) -> None:
-        if refused := int(self._refused):
+        if refused := self.num_refused:
             raise ValueError(self._complaint(refused))
 
     def _complaint(self, refused: int, whose: str = "") -> str:
@@ -326,6 +343,13 @@ class ClassStatistics:
     def num_skipped(self) -> int:
         """Rows left out because of nonfinite="skip"."""
         return int(self._skipped)
+
+    @property
+    def num_refused(self) -> int:
+        """Rows left out on a GPU which the CPU would have raised for: what `update` defers."""
+        refused = 0 if self._none_refused else int(self._refused)
+        self._none_refused = self._defers and not refused
+        return refused
 
     @property
     def present(self) -> torch.Tensor:
@@ -379,9 +403,8 @@ class ClassStatistics:
     @property
     def trace_within(self) -> torch.Tensor:
         """[] float64: Tr Σ_W, from the sums of squares alone: it needs no scatter."""
-        present = self.present
-        share = self.counts[present].double() / self.counts.sum()
-        return (share * self.class_variances[present]).sum()
+        share = self.counts.double() / self.counts.sum()
+        return torch.where(self.counts > 0, share * self.class_variances, 0.0).sum()
 
     def within_quadratic(self, directions: torch.Tensor) -> torch.Tensor:
         """[r] float64: v_kᵀ Σ_W v_k for the columns v_k of `directions` [p, r], without forming Σ_W."""
@@ -391,9 +414,8 @@ class ClassStatistics:
             own = slice(start, start + 512)
             product = 2 * scatter[own, :start] @ directions[:start] + scatter[own, own] @ directions[own]
             about_shift += (directions[own] * product).sum(0)
-        present = self.present
-        drift = self.sums[present] @ directions  # [C, r]
-        about_mean = about_shift - (drift.square() / self.counts[present][:, None]).sum(0)
+        drift = self.sums @ directions  # [C, r], zeros for a class without samples
+        about_mean = about_shift - (drift.square() / self.counts.clamp(min=1)[:, None]).sum(0)
         return about_mean.clamp_(min=0.0) / self.counts.sum()
 
     def _shift_correction(self) -> torch.Tensor:
@@ -508,6 +530,43 @@ class ClassStatistics:
             f"num_samples={self.num_samples}, scatter={self._scatter is not None}, "
             f"device='{self.counts.device}')"
         )
+
+
+# What torch.compile sees of `update`: one node that writes to the state.
+@torch.library.custom_op(
+    "ncfast::update_statistics",
+    mutates_args=("counts", "shift", "sums", "sumsq", "scatter", "skipped", "refused"),
+)
+def _update_op(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    counts: torch.Tensor,
+    shift: torch.Tensor,
+    sums: torch.Tensor,
+    sumsq: torch.Tensor,
+    scatter: torch.Tensor | None,
+    skipped: torch.Tensor,
+    refused: torch.Tensor,
+    precision: str,
+    ignore_index: int,
+    nonfinite: str,
+) -> None:
+    stats = ClassStatistics(
+        *sums.shape,
+        scatter=False,
+        precision=precision,
+        ignore_index=ignore_index,
+        nonfinite=nonfinite,
+        device=sums.device,
+    )
+    stats.counts, stats.shift, stats.sums, stats.sumsq, stats.scatter = counts, shift, sums, sumsq, scatter
+    stats._skipped, stats._refused = skipped, refused
+    stats._add(features, labels, radii=False)
+
+
+@_update_op.register_fake
+def _(*_: Any) -> None:
+    return None
 
 
 def weighted_mean(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,6 +9,12 @@ from ncfast.ops.pair_geometry import etf_error
 import oracle
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    """How often a function is compiled is limited, whoever compiled it."""
+    torch._dynamo.reset()
+
+
 def arguments():
     features, labels = oracle.clustered(5, 9, 40, 0.5)
     rows = torch.randn(5, 9)
@@ -60,6 +66,53 @@ def test_one_graph_without_breaks(dynamic):
         given = features[:rows].requires_grad_(), labels[:rows], shift, weight, bias
         for answer, expected in zip(compiled(*given), measure_like(*given), strict=True):
             oracle.assert_within(answer, expected, 1e-12 * max(1.0, abs(float(expected))))
+
+
+def update_like(stats, features, labels):
+    stats.update(features * 1.0, labels)
+    return features.sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"scatter": False, "nonfinite": "skip"}, torch.float32),
+        ({"ignore_index": 2}, torch.float64),  # the shift becomes float64 in the graph
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_update_in_one_graph(options, dtype, dynamic):
+    """Batches of two sizes; the last goes through the eager `update`, as nothing had been compiled."""
+    features, labels = oracle.clustered(5, 9, 200, 0.5, dtype=dtype)
+    if "nonfinite" in options:
+        features[70, 3] = torch.nan
+    ours, eager = (ncfast.ClassStatistics(5, 9, **options) for _ in range(2))
+    compiled = torch.compile(update_like, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    batches = zip(features.split([60, 60, 40, 40]), labels.split([60, 60, 40, 40]), strict=True)
+    for i, batch in enumerate(batches):
+        assert compiled(ours, *batch).isnan() == batch[0].sum().isnan()
+        update_like(eager, *batch)
+        if i == 2:
+            compiled = update_like
+    assert ours.num_samples == eager.num_samples
+    assert ours.num_skipped == eager.num_skipped == len(features) - len(features[features.isfinite().all(1)])
+    for name in ("counts", "shift", "sums", "sumsq", "scatter"):
+        torch.testing.assert_close(
+            getattr(ours, name), getattr(eager, name), rtol=0, atol=0, equal_nan=True, msg=name
+        )
+
+
+def test_update_that_raises_in_a_graph_leaves_the_state():
+    stats = ncfast.ClassStatistics(2, 3).update(torch.randn(6, 3), torch.arange(6) % 2)
+    before = stats.state_dict()
+    compiled = torch.compile(update_like, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="label 7 in row 1"):
+        compiled(stats, torch.randn(3, 3), torch.tensor([0, 7, 1]))
+    with pytest.raises(ValueError, match=r"shape \[N, 3\]"):
+        compiled(stats, torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    after = stats.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in ("counts", "shift", "sums", "scatter"))
 
 
 def test_errors_pass_through():

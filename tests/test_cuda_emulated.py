@@ -452,3 +452,26 @@ def test_what_it_takes():
     wide = torch.zeros(1, 1, dtype=torch.float64)
     assert "float64" in cuda.lacks(wide)
     assert cuda.lacks(wide, scatter=False) is None
+
+
+def test_devices_with_little_shared_memory_are_left_to_triton(monkeypatch):
+    """99 KiB, as sm_86, sm_89 and sm_120 have, are enough for 16-bit features; `lacks` asks for what is used."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda _: types.SimpleNamespace(
+            shared_memory_per_block_optin=101_376, shared_memory_per_block=49_152
+        ),
+    )
+    for dtype, taken in ((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)):
+        features, labels, shift = sample(40, 8, 2, dtype)
+        on_device = types.SimpleNamespace(
+            is_cuda=True, dtype=dtype, device="cuda", element_size=features.element_size
+        )
+        reason = cuda.lacks(on_device)
+        assert (reason is None) == taken
+        assert cuda.lacks(on_device, scatter=False) is None
+        _, call, _ = cuda.describe(features, labels, shift, True, False, "highest", -100)
+        largest = max(launch.shared for launch in _cuda.plan(call, 0))
+        assert (largest <= 101_376) == taken
+        assert taken or f"needs {largest} bytes" in reason

@@ -210,6 +210,18 @@ def test_a_row_repeated_by_stride_zero(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ignore_index", [2**32, -(2**40)])  # zero, if they were cut to 32 bits
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_an_ignore_index_that_no_label_can_hold(backend, ignore_index, dtype):
+    features, labels = GOOD
+    with forced("class_scatter", backend):
+        result = ncfast.class_scatter(
+            features, labels.to(dtype), torch.zeros(3, features.shape[1]), ignore_index=ignore_index
+        )
+    assert torch.equal(result.counts, labels.bincount(minlength=3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_offsets_beyond_32_bits(tmp_path, backend):
     """Rows 2³⁰ elements apart in a sparse file: an offset of 32 bits wraps around at the third."""
     step, N, p = 2**30, 4, 8

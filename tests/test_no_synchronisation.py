@@ -1,13 +1,21 @@
-"""ClassStatistics.update never waits for the GPU, shown without one.
+"""What waits for the GPU and what never does, shown without one.
 
-Tensors on the device "meta" have shapes but no data: whatever would need a value on the host (`.item()`,
-`bool()`, `nonzero`, boolean indexing, `.cpu()`) raises.
+`ClassStatistics.update` and the operations: tensors on the device "meta" have shapes but no data, so that
+whatever would need a value on the host (`.item()`, `bool()`, `nonzero`, boolean indexing, `.cpu()`) raises.
+`measure` needs values in the end: `onlooker` writes down where.
 """
 
+import contextlib
+
+import onlooker
 import pytest
 import torch
+import triton_machines
 
 import ncfast
+from ncfast.ops import dispatch
+
+import oracle
 
 
 @pytest.fixture
@@ -52,6 +60,31 @@ def test_affine_argmax_does_not_wait(C, launches):
     assert "_settle" in launches
 
 
+def test_everything_is_chosen_for_the_device_of_the_features(launches, monkeypatch):
+    """With GPUs of two architectures in a machine, the current one need not be that of the features."""
+    from ncfast.ops import target
+
+    inside = []
+
+    @contextlib.contextmanager
+    def active(_):
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def architecture():
+        assert inside
+        return "sm_90"
+
+    monkeypatch.setattr(target, "active", active)
+    monkeypatch.setattr(target, "architecture", architecture)
+    features, labels = torch.empty(300, 20, device="meta"), torch.zeros(300, dtype=torch.int64, device="meta")
+    with ncfast.use_backend("triton"):
+        ncfast.class_scatter(features, labels, torch.empty(5, 20, device="meta"))
+        ncfast.affine_argmax(features, torch.empty(5, 20, device="meta"))
+    assert {"_scatter_pairs", "_top_two"} <= set(launches)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -65,3 +98,116 @@ def test_affine_argmax_does_not_wait(C, launches):
 def test_what_waits_raises(call):
     with pytest.raises((RuntimeError, NotImplementedError)):
         call(torch.ones(3, device="meta"))
+
+
+MEASURE_WAITS = [  # in order, and why
+    "num_refused: _local_scalar_dense",  # rows that were refused are named first
+    "collapse_and_distances: nonzero",  # the classes present: the shape of all that follows
+    "_nc1: _local_scalar_dense",  # whether the Gram matrix is too ill-conditioned to solve with
+    "collapse_and_distances: tolist",  # the numbers of NC1–NC3; everything launched so far has finished
+    "_check_finite: _local_scalar_dense",  # weight and bias, whose check was put off to here
+    "_check_finite: _local_scalar_dense",
+    "num_samples: _local_scalar_dense",
+    "num_skipped: _local_scalar_dense",
+]
+DECISION_WAITS = ["certify: nonzero", "of: tolist"]  # the rows without a certificate; the numbers of NC4
+TEST_WAITS = [
+    "count_new: _local_scalar_dense",
+    *DECISION_WAITS,
+]  # test rows, a chunk at a time: any to refuse?
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The Triton backend in the emulator, on tensors of the device that writes down what waits."""
+    triton_machines.start("sm_80")
+    import triton
+
+    from ncfast.ops import target
+
+    launch = triton.runtime.JITFunction.__getitem__
+
+    def launch_on_cpu(kernel, grid):
+        run = launch(kernel, grid)
+        return lambda *args, **options: run(*onlooker.held(args), **options)
+
+    monkeypatch.setattr(triton.runtime.JITFunction, "__getitem__", launch_on_cpu)
+    monkeypatch.setattr(target, "refuses_device", lambda _: None)
+    for room in ("affine_argmax", "pair_geometry"):
+        monkeypatch.setattr(f"ncfast.ops.{room}.triton.refuses", lambda _: None)
+
+
+def collapsing(spread, seed=0):
+    """Three classes, 60 rows of 6 dimensions, a classifier that is not the nearest class centre."""
+    features, labels = oracle.clustered(3, 6, 60, spread, seed=seed)
+    labels[5] = -100
+    return features, labels
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("spread", [0.01, 3.0])  # all rows have certificates, or few
+def test_measure_waits_for_its_numbers_only(spread):
+    given = (*collapsing(spread), torch.randn(3, 6), torch.randn(3))
+    with ncfast.use_backend("triton"), onlooker.onlooking() as waits, dispatch.record() as ran:
+        report = ncfast.measure(*onlooker.on_device(given))
+    assert waits == MEASURE_WAITS + DECISION_WAITS
+    assert {"class_scatter", "pair_geometry"} <= {operation for operation, _ in ran}
+    oracle.assert_reports_agree(report, ncfast.measure(*given), oracle.HIGH, 1e-12)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_measure_with_test_data_and_an_absent_class():
+    features, labels = collapsing(0.5)
+    given = features, torch.where(labels == 1, 2, labels), torch.randn(3, 6), torch.randn(3)
+    held_out = collapsing(0.5, seed=1)
+    with ncfast.use_backend("triton"), onlooker.onlooking() as waits:
+        report = ncfast.measure(*onlooker.on_device(given), test=onlooker.on_device(held_out))
+    which = "__init__: nonzero"  # classes are present: for the rules of either set
+    assert waits == [*MEASURE_WAITS, which, *DECISION_WAITS, which, *TEST_WAITS]
+    oracle.assert_reports_agree(report, ncfast.measure(*given, test=held_out), oracle.HIGH, 1e-12)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_what_is_refused_late_is_named():
+    """Nothing waits for the check of the rows, and still the message says where."""
+    features, labels = collapsing(0.5)
+    weight, rows = torch.randn(3, 6), torch.arange(len(labels))
+    outside, broken = labels.masked_fill(rows == 7, 3), features.masked_fill(rows[:, None] == 4, torch.nan)
+    for arguments, options, words in (
+        ((features, outside, weight), {}, "label 3 in row 7 is outside"),
+        ((broken, labels, weight), {}, "infinity in row 4"),
+        ((features, labels, weight), {"test": (features, outside)}, "label 3 in row 7 is outside"),
+        ((features, labels, weight), {"test": (broken, labels)}, "infinity in row 4"),
+        ((features, labels, weight / 0), {}, "weight holds"),
+        ((features, labels, weight, weight[:, 0] / 0), {}, "bias holds"),
+        ((features, labels - 200), {"num_classes": 3}, "label -200 in row 0"),
+        ((features, torch.full_like(labels, -100), weight), {}, "no samples"),
+    ):
+        given = onlooker.on_device((arguments, options))
+        with ncfast.use_backend("triton"), onlooker.onlooking(), pytest.raises(ValueError, match=words):
+            ncfast.measure(*given[0], **given[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "operation"),
+    [
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: bool((x > 0).any()), "_local_scalar_dense"),
+        (lambda x: x.tolist(), "tolist"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "index"),
+        (lambda x: x.index_put_((x > 0,), x[0]), "index_put_"),
+        (lambda x: x.equal(x), "equal"),
+        (lambda x: x.cpu(), "_to_copy"),
+        (lambda x: torch.ones(3).to(x.device), "_to_copy"),
+        (lambda x: x.copy_(torch.ones(3)), "copy_"),
+        (lambda x: x.new_tensor([1.0]), "new_tensor"),
+    ],
+)
+def test_the_onlooker_sees_what_waits(call, operation):
+    x = onlooker.on_device(torch.ones(3))
+    with onlooker.onlooking() as waits:
+        x[[0, 2]] = x.sort().values[:2] + 1  # does not wait
+        assert waits == []
+        call(x)
+    assert waits == [operation]

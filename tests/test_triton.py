@@ -30,6 +30,8 @@ SCATTER_SHAPES = [  # N, p, C
     (5, 3, 9),  # more classes than rows
     (33, 65, 2),  # one above a row tile and a column tile
     (300, 130, 2),  # grouped: classes of several tiles; three column tiles
+    (300, 144, 2),  # the same where rows are aligned
+    (300, 80, 60),  # aligned, too few rows per class to group
     (1100, 17, 300),  # sorted, too few rows per class to group; most classes of a few rows
 ]
 PRECISIONS = ["highest", "high", "medium"]
@@ -110,13 +112,11 @@ def test_class_scatter_shapes(device, N, p, C):
     check_scatter(device, *sample(N, p, C))
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [(precision, torch.float32) for precision in PRECISIONS] + [("high", dtype) for dtype in DTYPES[1:]],
-)
-@pytest.mark.parametrize("C", [1, 40])  # grouped and direct
-def test_class_scatter_precisions_and_dtypes(device, precision, dtype, C):
-    features, labels, shift = sample(260, 70, C, dtype)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("C", "p"), [(1, 70), (40, 70), (40, 80)])  # grouped; direct; with aligned rows
+def test_class_scatter_precisions_and_dtypes(device, precision, dtype, C, p):
+    features, labels, shift = sample(130, p, C, dtype)
     check_scatter(device, features, labels, shift, precision)
 
 
@@ -165,16 +165,18 @@ def test_large_tile_and_flush(device, precision, monkeypatch):
 
     choose = kernels.choose_tile
     monkeypatch.setattr(
-        kernels, "choose_tile", lambda a, word, size, _N, p, C: choose(a, word, size, 1 << 20, p, C)
+        kernels, "choose_tile", lambda a, word, size, _N, *rest: choose(a, word, size, 1 << 20, *rest)
     )
     monkeypatch.setattr(kernels, "_FLUSH_ROWS", 64)
-    check_scatter(device, *sample(600, 140, 2), precision)
+    check_scatter(device, *sample(600, 144, 2), precision)
+    check_scatter(device, *sample(600, 140, 2), precision)  # rows that are not aligned
 
 
 AFFINE_SHAPES = [  # N, p, classes of each rule
     (1, 1, (1,)),  # no choice
     (33, 17, (5, 3)),  # odd p, two rules in one tile
     (65, 70, (130, 10)),  # two rows tiles, classes in two tiles, a tile of both rules
+    (65, 80, (130, 10)),  # the same where rows are aligned
     (9, 5, (3, 2, 4)),  # a third rule takes a second launch
     (70, 40, (500, 30)),  # the one-plane rung comes first
 ]
@@ -223,7 +225,7 @@ def test_error_bound_holds_and_is_not_absurd(device, planes):
 
     features, weight, bias = torch.randn(64, 90) + 5, torch.randn(16, 90), torch.randn(16)
     center = kernels._center(features.to(device))
-    tile = kernels.choose_tile(kernels.target.architecture(), 16)
+    tile = kernels.choose_tile(kernels.target.architecture(), 16, kernels.target.aligned(features))
     rules = [(weight.to(device), bias.to(device))]
     stacked = kernels._stacked(rules, center, tile)
     x = features.to(device) - center
@@ -241,6 +243,47 @@ def test_error_bound_holds_and_is_not_absurd(device, planes):
     bound = x.norm(dim=1).double().cpu() * limits[0] + rest * limits[1] + limits[2]
     assert ((fast - exact).abs() <= bound[:, None]).all()
     assert (bound <= 2.0**-4 * x.norm(dim=1).double().cpu()).all()
+
+
+@pytest.mark.parametrize("one_plane_classes", [2, 3])  # one plane first; two at once
+def test_accumulation_that_always_loses(device, one_plane_classes, monkeypatch):
+    """Near ties behind long sums whose every addition rounds the same way.
+
+    ⟨x, v⟩ = 1 + 126 · 15/16 · 2⁻²⁴ − 1 − τ is positive, but a matrix unit that adds 16 products to a float32
+    at a time never gets beyond 1, and ends with −τ. Nothing else is rounded: all numbers are bfloat16, and
+    rows and classes come in pairs of either sign, so that their means are zero.
+    """
+    from ncfast.ops.affine_argmax import triton as kernels
+
+    monkeypatch.setattr(kernels, "_ONE_PLANE_CLASSES", one_plane_classes)
+    features, weight = torch.full((3, 2048), 2.0**-14), torch.full((1, 2048), 15 / 16 * 2.0**-14)
+    features[:, :16] = features[:, -16:] = weight[:, :16] = weight[:, -16:] = 0
+    features[:, 0], features[:, -2], features[:, -1] = 1, -1, -(2.0**-10) * torch.tensor([1.0, 1.25, 1.5])
+    weight[:, 0], weight[:, -2], weight[:, -1] = 1, 1, 2.0**-8
+    features, weight = torch.cat([features, -features]), torch.cat([weight, -weight])
+    right = [0, 0, 0, 1, 1, 1]
+    with ncfast.use_backend("reference"):
+        assert ncfast.affine_argmax(features, weight).tolist() == right
+    given = features.to(device), weight.to(device)
+    assert run("triton", ncfast.affine_argmax, *given).tolist() == right
+    if device == "cpu" and not triton_machines.INTERPRETED:
+        # It is the bound on p additions that saves them: with that on one addition all are decided wrongly.
+        limits = kernels._limits
+        monkeypatch.setattr(kernels, "_limits", lambda _, *rest: limits(1, *rest))
+        assert run("triton", ncfast.affine_argmax, *given).tolist() == right[::-1]
+
+
+def test_what_is_not_finite_reaches_float64(device):
+    """Whatever the best two scores make of NaN and infinity, the row's norm or the classes' keeps it open."""
+    features, weight, bias = torch.randn(40, 24), torch.randn(20, 24), torch.randn(20)
+    huge = features * torch.logspace(0, 38, 40)[:, None]  # squares overflow from 1e19 on
+    huge[2, 3], huge[4, 0] = torch.inf, -torch.inf
+    check_argmax(device, huge, [weight], [bias])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        broken = weight.clone()
+        broken[[2, 17], [0, 5]] = value  # a class of such scores: never the best where they are NaN
+        check_argmax(device, features, [broken, weight], [bias, bias])
+        check_argmax(device, features, [weight], [bias.index_fill(0, torch.tensor([0, 13]), value)])
 
 
 @pytest.mark.parametrize(("C", "p"), [(2, 1), (33, 7)])  # the fewest; one above a tile
@@ -301,14 +344,66 @@ def test_decision_radius_of_any_scale(device):
     assert ((got - want).abs() <= bound)[[0, 3, 4]].all()
 
 
+@pytest.mark.parametrize("machine", ["sm_80", "sm_90"])  # elsewhere the tensor is copied first
+def test_offsets_beyond_32_bits(machine, tmp_path):
+    """Rows, then columns 2²⁶ elements apart in a sparse file: 32 bits wrap around at the 33rd."""
+    device = triton_machines.start(machine)
+    N, p, step = 40, 20, 2**26
+    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=N * step, dtype=torch.float16)
+    rows, labels, weight = torch.randn(N, p).half(), torch.arange(N) % 2, torch.randn(9, N)
+    view = storage.as_strided((N, p), (step, 1))
+    view.copy_(rows)
+    for C in (1, 20):  # grouped; direct
+        check_scatter(device, view, labels % C, torch.zeros(C, p))
+    check_argmax(device, view, [weight[:, :p]], [None])
+    view = storage.as_strided((p, N), (1, step))
+    for C in (1, 20):
+        check_scatter(device, view, labels[:p] % C, torch.zeros(C, N))
+    check_argmax(device, view, [weight], [None])
+
+
+@pytest.mark.parametrize("exponent", [-1010, -600, -500, 500, 600, 1010])
+def test_no_scale_matters_to_pairs(device, exponent):
+    """What pairs of rows say about rows whose squares leave the range of float64."""
+    left, right = torch.randn(2, 5, 3, dtype=torch.float64).bfloat16().double()
+    scale = 2.0**exponent
+    variances = torch.rand(5, dtype=torch.float64)
+    want = run("reference", ncfast.pair_geometry, left, variances)
+    # Variances are squares themselves: there are none where those leave the range.
+    given = [(left * scale).to(device)] + ([(variances * scale * scale).to(device)] * (abs(exponent) == 500))
+    got = run("triton", ncfast.pair_geometry, *given)
+    for name, ours, theirs in zip(want._fields, got, want, strict=True):
+        if ours is not None:
+            ours = ours.cpu() / scale if name == "nearest_distance" else ours.cpu()
+            assert_within(ours, theirs, 256 * 2.0**-52 * max(1.0, float(theirs.abs().max())), name)
+    got = run("triton", etf_error, given[0], right.to(device))
+    assert_within(got.cpu(), run("reference", etf_error, left, right), 1e-12)
+
+
+def test_decision_radius_of_nan(device):
+    """Nothing is certified by a number that is none."""
+    weight, anchors = torch.randn(2, 40, 3, dtype=torch.float64)
+    bias = torch.zeros(40, dtype=torch.float64)
+    want = run("reference", ncfast.decision_radius, weight, bias, anchors)
+    for broken in range(3):
+        given = [weight.clone(), bias.clone(), anchors.clone()]
+        given[broken][37] = torch.nan
+        certified = run("reference", ncfast.decision_radius, *given) > -torch.inf
+        got = run("triton", ncfast.decision_radius, *(tensor.to(device) for tensor in given)).cpu()
+        assert torch.equal(got > -torch.inf, certified)
+        assert_within(got[certified], want[certified], 1e-12) if certified.any() else None
+
+
 @pytest.mark.parametrize("machine", ["sm_80", "sm_90"])
 def test_no_races_in_shared_memory(machine, races):
     """Every kernel once with the emulator's race detector."""
     races(machine)
     for precision in PRECISIONS:
         check_scatter("cpu", *sample(140, 70, 1), precision)
+        check_scatter("cpu", *sample(140, 80, 1), precision)  # rows that are aligned
         check_scatter("cpu", *sample(70, 70, 40), precision)
-    check_argmax("cpu", torch.randn(33, 40), [torch.randn(20, 40)], [None])
+    for p in (40, 48):
+        check_argmax("cpu", torch.randn(33, p), [torch.randn(20, p)], [None])
     vectors = torch.randn(33, 3, dtype=torch.float64)
     run("triton", ncfast.pair_geometry, vectors, vectors[:, 0].square())
     run("triton", etf_error, vectors)

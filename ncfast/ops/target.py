@@ -59,6 +59,12 @@ def all_registers() -> dict[str, int]:
     return {} if architecture().startswith("gfx") else {"maxnreg": 255}
 
 
+def aligned(features: torch.Tensor) -> bool:
+    """Whether Triton reads 128 bits at a time: it must know that every row begins at a multiple of 16."""
+    multiples = features.storage_offset(), features.stride(0), features.shape[1]
+    return features.stride(1) == 1 and all(number % 16 == 0 for number in multiples)
+
+
 def listed(target: Any) -> str:
     """The key of `SHARED_LIMIT` whose limits and matrix instructions hold on `target`."""
     if target.backend == "hip":

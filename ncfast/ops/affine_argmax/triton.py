@@ -159,7 +159,11 @@ def _keep_two(best, second, index, scores, c, mask):
 
 @triton.jit
 def _is_open(best, second, x, residual, limits):
-    """Whether the best two scores are closer than twice the error bound, or either is not a number."""
+    """Whether the best two scores are closer than twice the error bound, or the bound is not a finite number.
+
+    It is not where a score is not: a score is no larger than the norm of its row, and a class that is not
+    finite leaves no finite limit.
+    """
     bound = x * tl.load(limits) + residual * tl.load(limits + 1) + tl.load(limits + 2)
     return ~(best - second > 2.0 * bound)
 
@@ -256,13 +260,16 @@ class Tile(NamedTuple):
         return operands + fetched + 8192  # reductions across warps
 
 
-def choose_tile(architecture: str, C: int) -> Tile:
+def choose_tile(architecture: str, C: int, aligned: bool) -> Tile:
     """As many classes at a time as there are, up to 64: `benchmarks.codegen` finds no spill.
 
     sm_80, sm_86, sm_89 and sm_120 hold operands in registers (mma.sync), which have room for half as much.
+    Rows that are not `aligned` are fetched element by element, and every element takes registers for its
+    address.
     """
-    BK = 32 if architecture in target.OPERANDS_IN_REGISTERS else 64
-    return Tile(64, min(64, max(16, triton.next_power_of_2(C))), BK, 4, 2)
+    scattered = not aligned and not architecture.startswith("gfx")
+    BC = min(32 if scattered else 64, max(16, triton.next_power_of_2(C)))
+    return Tile(64, BC, 32 if scattered or architecture in target.OPERANDS_IN_REGISTERS else 64, 4, 2)
 
 
 class _Stacked(NamedTuple):
@@ -306,7 +313,7 @@ def _decide(
         undecided.fill_(3)
         rungs = []
     else:
-        tile = choose_tile(target.architecture(), C)
+        tile = choose_tile(target.architecture(), C, target.aligned(features))
         stacked = _stacked(rules, center, tile)
     for planes in rungs:
         _top_two[(triton.cdiv(N, tile.BM),)](

@@ -11,10 +11,10 @@ from ncfast.ops import dispatch
 class Certified(NamedTuple):
     """How many samples lie within the decision radius of their class's mean, and which do not."""
 
-    total: int
-    """Samples in use."""
-    decided: tuple[int, ...]
-    """By each rule."""
+    total: torch.Tensor
+    """[] int64: samples in use."""
+    decided: tuple[torch.Tensor, ...]
+    """[] int64 each: by each rule."""
     undecided: torch.Tensor
     """[K] int64, ascending: the samples in use that not every rule decides."""
 
@@ -33,7 +33,7 @@ def certify(
     With radii = ‖h − k_y‖ and gap_c = ‖k_c − μ_c‖ the left-hand side bounds ‖h − μ_y‖, and a sample nearer to
     μ_y than ρ_y (`decision_radius`) is one that the rule decides for y. Each operation rounds once, in the
     order written and on every backend alike; `scale` and `offset` make up for the rounding of the radii. It
-    synchronises once, for the numbers of samples.
+    synchronises once, for K.
 
     Args:
         radii: [N] float32 or float64, as `class_scatter` returns them; NaN: the sample is not in use.

@@ -21,11 +21,10 @@ def certify(
     scale: float = 1.0,
     offset: float = 0.0,
 ) -> Certified:
-    """Compute `ncfast.ops.certify`; the four counts are all that the host waits for."""
+    """Compute `ncfast.ops.certify`; the host waits for their number."""
     undecided, counts, call, _ = describe(radii, labels, gap, limits, scale, offset)
     run(call, radii.device)
-    total, *decided, open_ = counts.tolist()
-    return Certified(total, tuple(decided[: len(limits)]), undecided[:open_])
+    return Certified(counts[0], tuple(counts[1 : 1 + len(limits)]), undecided[: int(counts[3])])
 
 
 def describe(

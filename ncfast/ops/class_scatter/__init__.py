@@ -92,8 +92,8 @@ def class_scatter(
         return ClassScatter(counts, sums, sumsq, square if scatter else None, distances if radii else None)
     check_features(features)
     check_labels(labels, features)
-    if labels.dtype not in (torch.int64, torch.int32):
-        labels = labels.long()  # a uint8 cannot even be compared with −100
+    if labels.dtype != torch.int64 and (labels.dtype != torch.int32 or not -(2**31) <= ignore_index < 2**31):
+        labels = labels.long()  # a uint8 cannot be compared with −100, nor an int32 with 2⁴⁰
     if shift.ndim != 2 or shift.shape[1] != features.shape[1]:
         raise ValueError(f"shift must have shape [C, {features.shape[1]}], got {list(shift.shape)}")
     if not shift.is_floating_point():

@@ -14,9 +14,18 @@ _PLANES = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 for a float32
 
 
 def lacks(features: torch.Tensor, *, scatter: bool = True, **_: int) -> str | None:
-    """The products are of bfloat16."""
-    if scatter and features.dtype == torch.float64:
+    """The products are of bfloat16, and their operands wait in shared memory."""
+    if not scatter:
+        return None
+    if features.dtype == torch.float64:
         return "float64 features are left to the float64 reference, whose products are the vendor's GEMM"
+    # Three planes of two sides, two fetches of 32 rows of two sides, and the squares of eight warps.
+    needed = 6 * 32 * 136 * 2 + 4 * 32 * 128 * features.element_size() + 8 * 128 * 4
+    if features.is_cuda:
+        properties = torch.cuda.get_device_properties(features.device)
+        limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+        if needed > limit:
+            return f"it needs {needed} bytes of shared memory, of which this device has {limit}"
     return None
 
 

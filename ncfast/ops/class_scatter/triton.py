@@ -327,13 +327,20 @@ class Tile(NamedTuple):
         return max(operands + fetched, flushed) + 8192  # reductions across warps
 
 
-def choose_tile(architecture: str, precision: str, element_size: int, N: int, p: int, C: int) -> Tile:
+def choose_tile(
+    architecture: str, precision: str, element_size: int, N: int, p: int, C: int, aligned: bool
+) -> Tile:
     """The largest tile that `benchmarks.codegen` finds free of spills; a small one for little work.
 
     sm_80, sm_86, sm_89 and sm_120 hold operands in registers (mma.sync), the others read them from shared
-    memory.
+    memory. Rows that are not `aligned` are fetched element by element, and every element takes registers for
+    its address: half as many rows then.
     """
     little = p <= 64 or N <= 4096
+    if not aligned and not architecture.startswith("gfx"):
+        if little or (architecture in target.OPERANDS_IN_REGISTERS and precision != "medium"):
+            return Tile(64, 16, 4, 2)
+        return Tile(128, 16, 8, 2)
     if architecture in target.OPERANDS_IN_REGISTERS:
         if precision == "highest":
             return Tile(64, 16, 4, 2) if N >= 64 * C else Tile(128, 16, 8, 2)  # grouped or not
@@ -356,11 +363,12 @@ def class_scatter(
     """Compute `ncfast.ops.class_scatter`; a label outside [0, C) is left out. Never synchronises."""
     (N, p), C = features.shape, shift.shape[0]
     shift, labels = shift.contiguous(), labels.contiguous()
-    tile = choose_tile(target.architecture(), precision, features.element_size(), N, p, C)
-    # Padding every class to whole tiles then adds an eighth of the rows at most, on average.
-    grouped = scatter and N >= 4 * tile.BN * C
     product = distances = None
     with target.active(features):
+        aligned = target.aligned(features)
+        tile = choose_tile(target.architecture(), precision, features.element_size(), N, p, C, aligned)
+        # Padding every class to whole tiles then adds an eighth of the rows at most, on average.
+        grouped = scatter and N >= 4 * tile.BN * C
         rows = _rows_by_class(labels, C, ignore_index, tile.BN if grouped else None)
         group_sums = row_squares = features.new_empty(0, dtype=torch.float32)
         if grouped:
@@ -460,6 +468,7 @@ def _scatter(
         FLUSH=_FLUSH_ROWS // tile.BN,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **({} if target.aligned(features) else target.all_registers()),
         **target.OPTIONS,
     )
     product = work.new_empty(p, p)

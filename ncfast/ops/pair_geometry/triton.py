@@ -177,6 +177,7 @@ def _radii(
         distance = tl.where(wins & (differ == 0), float("inf"), float("-inf"))
         # Squares that underflowed tell no distance: nothing is certified then.
         distance = tl.where(square > _TINY, lead / tl.sqrt(square), distance)
+        distance = tl.where(distance == distance, distance, float("-inf"))  # tl.min would pass over a NaN
         other = (c < C)[None, :] & (c[None, :] != a[:, None])
         radius = tl.minimum(radius, tl.min(tl.where(other, distance, float("inf")), 1))
     tl.store(radii + tl.cast(part, tl.int64) * A + anchor, radius, used)
@@ -218,6 +219,8 @@ def _gram(
 def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None) -> PairGeometry:
     """Compute `ncfast.ops.pair_geometry` without anything of size C×C."""
     C, p = vectors.shape
+    scale = _scale(vectors)
+    vectors = vectors * scale
     norms = vectors.norm(dim=1)
     units = torch.where(norms[:, None] > 0, vectors / norms[:, None], 0.0).T.contiguous()
     blocks, parts = _grid(C, C)
@@ -230,7 +233,7 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None) -> Pair
             vectors.T.contiguous(),
             units,
             norms,
-            norms if variances is None else variances.contiguous(),
+            norms if variances is None else variances * scale * scale,
             statistics,
             nearest,
             index,
@@ -257,7 +260,7 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None) -> Pair
         log_kernel_mean=kernel_mean,
         log_kernel_std=kernel_std,
         etf_error=etf_error(vectors, None),
-        nearest_distance=(vectors - vectors[nearest_index]).norm(dim=1),
+        nearest_distance=(vectors - vectors[nearest_index]).norm(dim=1) / scale,
         nearest_index=nearest_index,
         cdnv=None if variances is None else cdnv.sum() / pairs,
     )
@@ -266,12 +269,13 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None) -> Pair
 def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
     """Walk over the pairs twice: for ‖G‖, then for the distance from the ideal."""
     C, p = left.shape
-    left = left.T.contiguous()
-    right = left if right is None else right.T.contiguous()
+    left = (left * _scale(left)).T.contiguous()
+    right = left if right is None else (right * _scale(right)).T.contiguous()
     blocks, parts = _grid(C, C)
     sums = left.new_empty(2, blocks * parts)
     root = math.sqrt(C - 1)
-    ideal = left.new_tensor([(1 - 1 / C) / root, -1 / C / root])
+    ideal = left.new_full((2,), -1 / C / root)  # filled on the device: a copy from the host would wait
+    ideal[0] = (1 - 1 / C) / root
     norm = ideal
     with target.active(left):
         for second in (False, True):
@@ -302,9 +306,7 @@ def decision_radius(
     (C, p), A = weight.shape, len(classes)
     if A == 0:
         return weight.new_empty(0)
-    # No scale matters, and squares might underflow or overflow.
-    largest = weight.abs().amax()
-    scale = torch.where(largest > 0, torch.frexp(largest).mantissa / largest, 1.0)  # a power of two
+    scale = _scale(weight)
     weight, bias = weight * scale, bias * scale
     blocks, parts = _grid(A, C)
     radii = weight.new_empty(parts, A)
@@ -324,6 +326,13 @@ def decision_radius(
             **target.OPTIONS,
         )
     return radii.amin(0)
+
+
+def _scale(rows: torch.Tensor) -> torch.Tensor:
+    """[]: the power of two that makes the largest entry about 1, so that squares stay in range."""
+    largest = rows.abs().amax()
+    scale = (torch.frexp(largest).mantissa / largest).clamp(max=2.0**1022)
+    return torch.where(largest > 0, scale, 1.0)
 
 
 def _grid(rows: int, others: int) -> tuple[int, int]:
