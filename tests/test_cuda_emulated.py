@@ -455,7 +455,7 @@ def test_what_it_takes():
 
 
 def test_devices_with_little_shared_memory_are_left_to_triton(monkeypatch):
-    """99 KiB, as on sm_86, sm_89 and sm_120, are enough for 16-bit features; `lacks` asks for what is used."""
+    """99 KiB, as on sm_86, 89 and 120, are enough for 16-bit features; `lacks` asks for what it uses."""
     monkeypatch.setattr(
         torch.cuda,
         "get_device_properties",
