@@ -102,7 +102,7 @@ def main():
     labels = torch.randint(0, C, (options.rows,), device=device)
     features = shift[labels] + 0.1 * torch.randn(options.rows, P, device=device)
     chosen = {
-        operation: next(backend for backend, why in dispatch.explain(operation, features) if why == "runs")
+        operation: dispatch.pick(operation, features, num_classes=C)
         for operation in ("class_scatter", "affine_argmax", "pair_geometry")
     }
     print(f"{name}, torch {torch.__version__}, {chosen}")

@@ -232,7 +232,8 @@ def _amd(asm: dict[str, Any]) -> tuple[int, int, int, int, int]:
     loops = _loops(text, r"^(\.LBB\d+_\d+):", r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)")
 
     def field(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+        (number,) = re.findall(rf"\.{name}:\s+(\d+)", text)
+        return int(number)
 
     return (
         field("vgpr_count"),

@@ -303,8 +303,8 @@ class _Decisions:
                 radii.append(0.5 * distances)
             norms = self.anchors.norm(dim=1)
             # The distances are of means less μ_G, which is no larger than the largest of them.
-            slack = [(means.shape[1] + 4) * 2.0**-52 * (norms + norms.max() + own.abs()) for own in radii]
-            lower = [own.where(own.isinf(), own - lost) for own, lost in zip(radii, slack, strict=True)]
+            unit, reach = (means.shape[1] + 4) * 2.0**-52, norms + norms.max()
+            lower = [own.where(own.isinf(), own - unit * (reach + own.abs())) for own in radii]
             self.limits = [nothing.index_copy(0, self.present, own) for own in lower]
 
     @functools.cached_property

@@ -412,8 +412,8 @@ class ClassStatistics:
         scatter, about_shift = self._scatter_kept(), directions.new_zeros(directions.shape[1])
         for start in range(0, len(scatter), 512):  # symmetric: what is left of the diagonal squares, twice
             own = slice(start, start + 512)
-            product = 2 * scatter[own, :start] @ directions[:start] + scatter[own, own] @ directions[own]
-            about_shift += (directions[own] * product).sum(0)
+            left = scatter[own, :start] @ directions[:start]
+            about_shift += (directions[own] * (2 * left + scatter[own, own] @ directions[own])).sum(0)
         drift = self.sums @ directions  # [C, r], zeros for a class without samples
         about_mean = about_shift - (drift.square() / self.counts.clamp(min=1)[:, None]).sum(0)
         return about_mean.clamp_(min=0.0) / self.counts.sum()

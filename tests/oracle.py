@@ -17,6 +17,11 @@ STREAM_BOUND = 1e-6
 # out; a test with few of them may see all of it.
 HIGH = 2.0**-15
 
+# Of the scatter, relative to the product of its columns' norms: what is left out of a product of rounded
+# operands (bfloat16 rounds to 2⁻⁹; the two rounded operands of "medium", the dropped low·low and the rounded
+# low planes of "high", the dropped low·middle of "highest"). Float32 accumulation comes on top.
+PRODUCTS = {"highest": 4 * 2.0**-25, "high": 3 * 2.0**-18, "medium": 2 * 2.0**-9 + 2.0**-18}
+
 
 def two_pass(features, labels, num_classes, weight=None, bias=None, global_mean="samples"):
     """All numbers of a report, as a dict, from float64 residuals about float64 means.
@@ -107,6 +112,17 @@ def assert_within(actual, expected, bound, what=""):
     difference = torch.as_tensor(actual, dtype=torch.float64) - torch.as_tensor(expected, dtype=torch.float64)
     error = difference.abs().max()
     assert error <= bound, f"{what}: off by {float(error):.3g}, bound {float(bound):.3g}"
+
+
+def assert_scatter_close(scatter, truth, N, precision="high"):
+    """Fail unless the CUDA kernels' scatter of N rows is within its bounds, and symmetric."""
+    norms = truth.diagonal().sqrt()
+    # Products of rounded planes, added in float32 for at most 2048 rows at a time, three of them per row.
+    bound = PRODUCTS[precision] + 2 * min(3 * N, 6144) * 2.0**-24
+    assert ((scatter - truth).abs() <= bound * norms[:, None] * norms).all()
+    # The diagonal is summed from exact squares: 4 of 32 rows by a warp, of at most 2048.
+    assert ((scatter - truth).diagonal().abs() <= (min(N, 256) + 8) * 2.0**-24 * norms.square()).all()
+    assert torch.equal(scatter, scatter.T)
 
 
 def assert_relative(actual, expected, bound, what=""):

@@ -18,7 +18,7 @@ import ncfast
 from ncfast.ops import dispatch
 from ncfast.ops.class_scatter import class_scatter, shift_dtype
 
-from oracle import assert_within
+from oracle import PRODUCTS, assert_scatter_close, assert_within
 
 _cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
 from ncfast.ops import launch as launching  # noqa: E402
@@ -35,9 +35,6 @@ sys.path.append(EMULATOR)
 import ptxemu  # noqa: E402
 
 CSRC = pathlib.Path(__file__).parents[1] / "csrc"
-# Relative to the product of the columns' norms, what the planes leave out: the rounding of the lowest one
-# and the products that are dropped. bfloat16 rounds to 2⁻⁹.
-PRODUCTS = {"highest": 4 * 2.0**-25, "high": 3 * 2.0**-18, "medium": 2 * 2.0**-9 + 2.0**-18}
 KERNELS = {  # of each source, how their names begin
     "class_moments": ("moments_", "digit_"),
     "class_scatter": ("scatter_",),
@@ -113,6 +110,20 @@ def execute(
     return result, ran
 
 
+def emulate_room(monkeypatch, ptx, room):
+    """Have the backend of a room take CPU tensors, and emulate what it would launch."""
+    tensors, described = [], room.describe
+
+    def describe(*arguments):
+        result, call, read = described(*arguments)
+        tensors[:] = [*read, *(tensor for tensor in result if tensor is not None)]
+        return result, call, read
+
+    monkeypatch.setattr(room, "describe", describe)
+    monkeypatch.setattr(room, "refuses", lambda _: None)
+    monkeypatch.setattr(room, "run", lambda call, _: emulate(ptx, call, tensors))
+
+
 def sample(N, p, C, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     means = 3 + torch.randn(C, p, generator=generator)
@@ -147,16 +158,6 @@ def assert_close(result, features, labels, shift, ignore_index=-100, precision="
         assert ((result.radii[kept].double() - truth.radii[kept]).abs() <= bound).all()
     if result.scatter is not None:
         assert_scatter_close(result.scatter, truth.scatter, N, precision)
-
-
-def assert_scatter_close(scatter, truth, N, precision="high"):
-    norms = truth.diagonal().sqrt()
-    # Products of rounded planes, added in float32 for at most 2048 rows at a time, three of them per row.
-    bound = PRODUCTS[precision] + 2 * min(3 * N, 6144) * 2.0**-24
-    assert ((scatter - truth).abs() <= bound * norms[:, None] * norms).all()
-    # The diagonal is summed from exact squares: 4 of 32 rows by a warp, of at most 2048.
-    assert ((scatter - truth).diagonal().abs() <= (min(N, 256) + 8) * 2.0**-24 * norms.square()).all()
-    assert torch.equal(scatter, scatter.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -249,7 +250,7 @@ def test_every_bound_is_checked(ptx, withheld, scatter):
 def test_certify(ptx, N, dtype, rules):
     """Exactly the reference's decisions, in order; what lies behind them stays as it was."""
     inputs, options = certificates(N, dtype, rules), {"scale": 1 + 2.0**-20, "offset": 2.0**-62}
-    undecided, counts, call, read = certify_cuda.describe(*inputs, *options.values())
+    (undecided, counts), call, read = certify_cuda.describe(*inputs, *options.values())
     undecided.fill_(-1)
     counts.fill_(-1)
     emulate(ptx, call, [*read, undecided, counts])
@@ -265,16 +266,7 @@ def test_certify_through_its_room(ptx, monkeypatch):
     radii, labels, gap, limits = certificates(300, torch.float32, 2)
     labels = torch.stack([labels, labels], 1).int()[:, 1]
     limits = list(torch.stack(limits, 1).unbind(1))
-    tensors, described = [], certify_cuda.describe
-
-    def describe(*arguments):
-        undecided, counts, call, read = described(*arguments)
-        tensors[:] = [*read, undecided, counts]
-        return undecided, counts, call, read
-
-    monkeypatch.setattr(certify_cuda, "describe", describe)
-    monkeypatch.setattr(certify_cuda, "refuses", lambda _: None)
-    monkeypatch.setattr(certify_cuda, "run", lambda call, _: emulate(ptx, call, tensors))
+    emulate_room(monkeypatch, ptx, certify_cuda)
     for rules in (limits, limits[:1]):
         with ncfast.use_backend("cuda"), dispatch.record() as ran:
             got = certify(radii, labels, gap, rules, offset=0.01)
@@ -384,17 +376,7 @@ def test_class_scatter_is_deterministic(ptx):
 
 def test_through_the_public_call(ptx, monkeypatch):
     """`ncfast.class_scatter` and `ClassStatistics` on this backend, all but the launch itself."""
-    tensors = []
-    described = cuda.describe
-
-    def describe(*arguments):
-        result, call, read = described(*arguments)
-        tensors[:] = [*read, *(tensor for tensor in result if tensor is not None)]
-        return result, call, read
-
-    monkeypatch.setattr(cuda, "describe", describe)
-    monkeypatch.setattr(cuda, "refuses", lambda _: None)
-    monkeypatch.setattr(cuda, "run", lambda call, _: emulate(ptx, call, tensors))
+    emulate_room(monkeypatch, ptx, cuda)
     features, labels, shift = sample(50, 20, 3)
     with ncfast.use_backend("cuda"), dispatch.record() as ran:
         result = class_scatter(features, labels, shift, radii=True)
@@ -465,9 +447,7 @@ def test_devices_with_little_shared_memory_are_left_to_triton(monkeypatch):
     )
     for dtype, taken in ((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)):
         features, labels, shift = sample(40, 8, 2, dtype)
-        on_device = types.SimpleNamespace(
-            is_cuda=True, dtype=dtype, device="cuda", element_size=features.element_size
-        )
+        on_device = types.SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
         reason = cuda.lacks(on_device)
         assert (reason is None) == taken
         assert cuda.lacks(on_device, scatter=False) is None

@@ -194,16 +194,11 @@ void affine_argmax(const AffineArgmax& call, Isa isa, int threads, const std::fu
     all.push_back(&call.rule[r]);
     classes += call.rule[r].C;
   }
-  int level = 0;
-  Scorer::Rules packed;
-  if (body.coarse_columns > 0) {
-    level = 1;
-    if (call.p <= body.coarse_columns && call.N >= kCoarseRows && classes >= kCoarseClasses) {
-      packed = scorer.pack(0, all);
-      if (scorer.decides_most(kSample, all, packed)) level = 0;
-    }
-  }
-  if (level > 0 || packed.empty()) packed = scorer.pack(level, all);
+  const bool tries_coarse =
+      call.p <= body.coarse_columns && call.N >= kCoarseRows && classes >= kCoarseClasses;
+  int level = tries_coarse || body.coarse_columns == 0 ? 0 : 1;
+  Scorer::Rules packed = scorer.pack(level, all);
+  if (tries_coarse && !scorer.decides_most(kSample, all, packed)) packed = scorer.pack(level = 1, all);
   scorer.run(level, nullptr, all, packed);
   packed.clear();
   while (++level < body.levels) {

@@ -58,7 +58,7 @@ struct TopTwo {
   int32_t index;
 };
 
-// Operand rows of a block, or classes of a rule.
+// Packed rows of a block, or classes of a rule.
 struct Operand {
   char* numbers;
   float* scale;  // where they are integers, what 1 stands for in each row or class
@@ -75,8 +75,7 @@ struct ArgmaxBody {
   void (*pack_rule)(const double* weight, int64_t C, int64_t p, int level, int64_t first, Operand panel,
                     Norms* norms);  // the `classes` classes from `first`
   void (*pack_row)(const char* features, const float* middle, int64_t p, int level, int64_t row,
-                   Operand block,
-                   Norms* norms);  // features null: a row of zeros
+                   Operand block, Norms* norms);  // features null: a row of zeros
   void (*score)(Operand block, int64_t rows, Operand panel, const float* bias, int64_t classes, int64_t p,
                 int level, char* scratch, TopTwo* top);
   size_t (*scratch)(int64_t rows);

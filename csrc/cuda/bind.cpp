@@ -81,6 +81,12 @@ PYBIND11_MODULE(_cuda, m) {
         "labels"_a, "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "counts"_a, "sums"_a,
         "sumsq"_a, "radii"_a);
   m.def("class_scatter", &class_scatter, "moments"_a, "planes"_a, "scatter"_a);
+  m.def(
+      "class_scatter_shared",
+      [](const std::string& dtype, int planes) {
+        return ncfast::class_scatter_shared(dtype_of(dtype), planes);
+      },
+      "dtype"_a, "planes"_a, "Bytes of shared memory that a block takes.");
   m.def("certify", &certify, "N"_a, "C"_a, "radii"_a, "radius_size"_a, "labels"_a, "label_size"_a,
         "label_bytes"_a, "gap"_a, "first"_a, "second"_a, "scale"_a, "offset"_a, "undecided"_a, "counts"_a);
 

@@ -60,25 +60,22 @@ __global__ void __launch_bounds__(kThreads) certify_write(const Task t) {
   }
 }
 
-Task carve(const Certify& call, void* workspace, int64_t* bytes) {
-  Carver carver(workspace);
+Task carve(const Certify& call, Carver* workspace) {
   const int64_t blocks = cover(call.N, kRows);
-  const Task task = {call, blocks, carver.take<unsigned>(kCounts * blocks)};
-  *bytes = carver.used();
-  return task;
+  return {call, blocks, workspace->take<unsigned>(kCounts * blocks)};
 }
 
 }  // namespace
 
 int64_t certify_workspace(const Certify& call) {
-  int64_t bytes;
-  carve(call, nullptr, &bytes);
-  return bytes;
+  Carver nothing(nullptr);
+  carve(call, &nothing);
+  return nothing.used();
 }
 
 std::vector<Launch> certify_plan(const Certify& call, void* workspace) {
-  int64_t bytes;
-  const Task task = carve(call, workspace, &bytes);
+  Carver carver(workspace);
+  const Task task = carve(call, &carver);
   std::vector<Launch> plan;
   add(&plan, "certify_count", &certify_count, task.blocks, kThreads, task);
   add(&plan, "certify_scan", &certify_scan, kCounts, kThreads, task);

@@ -288,15 +288,17 @@ __global__ void __launch_bounds__(kThreads) scatter_reduce(const Scatter s) {
   s.scatter[j * s.p + i] = sum;
 }
 
+int shared_bytes(int element, int planes) {
+  return 2 * planes * static_cast<int>(sizeof(Plane)) + 4 * kRows * kSide * element +
+         static_cast<int>(sizeof(float[kWarps][kSide]));
+}
+
 template <int kDtype, int kVector, int kPlanes>
 void add_pairs(std::vector<Launch>* plan, const Scatter& s) {
-  using Stored = typename Element<static_cast<Dtype>(kDtype)>::Stored;
   const std::string name = "scatter_pairsILi" + std::to_string(kDtype) + "ELi" + std::to_string(kVector) +
                            "ELi" + std::to_string(kPlanes) + "E";
-  constexpr size_t shared =
-      2 * kPlanes * sizeof(Plane) + 4 * sizeof(Stored[kRows][kSide]) + sizeof(float[kWarps][kSide]);
   add(plan, name, &scatter_pairs<kDtype, kVector, kPlanes>, s.pairs * s.splits, kThreads, s,
-      static_cast<int>(shared));
+      shared_bytes(element_bytes(static_cast<Dtype>(kDtype)), kPlanes));
 }
 
 template <int kDtype, int kVector>
@@ -308,7 +310,7 @@ void add_pairs(std::vector<Launch>* plan, int planes, const Scatter& s) {
 
 template <int kDtype>
 void add_pairs(std::vector<Launch>* plan, bool aligned, int planes, const Scatter& s) {
-  constexpr int kVector = 16 / sizeof(typename Element<static_cast<Dtype>(kDtype)>::Stored);
+  constexpr int kVector = 16 / element_bytes(static_cast<Dtype>(kDtype));
   if (aligned) {
     add_pairs<kDtype, kVector>(plan, planes, s);
   } else {
@@ -316,10 +318,9 @@ void add_pairs(std::vector<Launch>* plan, bool aligned, int planes, const Scatte
   }
 }
 
-Scatter carve(const ClassScatter& call, void* workspace, int64_t* bytes) {
+Scatter carve(const ClassScatter& call, Carver* workspace) {
   const ClassMoments& m = call.moments;
-  Carver carver(workspace);
-  void* of_moments = carver.take<char>(class_moments_workspace(m));
+  void* of_moments = workspace->take<char>(class_moments_workspace(m));
   Scatter s = {};
   s.p = m.p;
   s.C = m.C;
@@ -331,23 +332,24 @@ Scatter carve(const ClassScatter& call, void* workspace, int64_t* bytes) {
   s.blocks = cover(m.p, kSide);
   s.pairs = s.blocks * (s.blocks + 1) / 2;
   s.splits = std::max(int64_t{1}, std::min(kBlocks / s.pairs, m.N / (8 * kRows)));
-  s.work = carver.take<double>(s.splits * s.pairs * kCells * kThreads);
-  s.squares = carver.take<double>(s.splits * kWarps * s.blocks * kSide);
-  *bytes = carver.used();
+  s.work = workspace->take<double>(s.splits * s.pairs * kCells * kThreads);
+  s.squares = workspace->take<double>(s.splits * kWarps * s.blocks * kSide);
   return s;
 }
 
 }  // namespace
 
+int class_scatter_shared(Dtype dtype, int planes) { return shared_bytes(element_bytes(dtype), planes); }
+
 int64_t class_scatter_workspace(const ClassScatter& call) {
-  int64_t bytes;
-  carve(call, nullptr, &bytes);
-  return bytes;
+  Carver nothing(nullptr);
+  carve(call, &nothing);
+  return nothing.used();
 }
 
 std::vector<Launch> class_scatter_plan(const ClassScatter& call, void* workspace) {
-  int64_t bytes;
-  const Scatter s = carve(call, workspace, &bytes);
+  Carver carver(workspace);
+  const Scatter s = carve(call, &carver);
   std::vector<Launch> plan = class_moments_plan(call.moments, workspace);
   switch (call.moments.dtype) {
     case Dtype::float32:

@@ -30,6 +30,9 @@ struct ClassScatter {
   double* scatter;       // [p, p], overwritten
 };
 
+// Bytes of shared memory that a block takes.
+int class_scatter_shared(Dtype dtype, int planes);
+
 int64_t class_scatter_workspace(const ClassScatter& call);
 
 // Reads no device memory.

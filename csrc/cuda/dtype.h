@@ -4,7 +4,7 @@ namespace ncfast {
 
 enum class Dtype { float32, float64, bfloat16, float16 };
 
-inline int element_bytes(Dtype dtype) {
+constexpr int element_bytes(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 

@@ -61,11 +61,11 @@ class NeuralCollapseCallback(Callback):
 
     def on_train_batch_end(
         self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,  # noqa: ARG002
-        outputs: Any,  # noqa: ARG002
+        trainer: Trainer,  # noqa: ARG002 (the hook's signature)
+        pl_module: LightningModule,  # noqa: ARG002 (the hook's signature)
+        outputs: Any,  # noqa: ARG002 (the hook's signature)
         batch: Any,
-        batch_idx: int,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002 (the hook's signature)
     ) -> None:
         """Add the features of the step."""
         self._tracker.update(batch[1] if self.labels is None else self.labels(batch))
@@ -90,11 +90,11 @@ class NeuralCollapseCallback(Callback):
             self.prefix,
         )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 (the hook's signature)
         """Leave the model as it was."""
         self._tracker.remove()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002 (the hook's signature)
         """Leave the model as it was when training ends early, too."""
         if self.tracker is not None:
             self.tracker.remove()

@@ -22,7 +22,7 @@ def certify(
     offset: float = 0.0,
 ) -> Certified:
     """Compute `ncfast.ops.certify`; the host waits for their number."""
-    undecided, counts, call, _ = describe(radii, labels, gap, limits, scale, offset)
+    (undecided, counts), call, _ = describe(radii, labels, gap, limits, scale, offset)
     run(call, radii.device)
     return Certified(counts[0], tuple(counts[1 : 1 + len(limits)]), undecided[: int(counts[3])])
 
@@ -34,7 +34,7 @@ def describe(
     limits: Sequence[torch.Tensor],
     scale: float,
     offset: float,
-) -> tuple[torch.Tensor, torch.Tensor, Any, tuple[torch.Tensor, ...]]:
+) -> tuple[tuple[torch.Tensor, torch.Tensor], Any, tuple[torch.Tensor, ...]]:
     """Allocate the results: them, the call that fills them, and the tensors that it reads."""
     import ncfast._cuda as _cuda
 
@@ -58,4 +58,4 @@ def describe(
         undecided=undecided.data_ptr(),
         counts=counts.data_ptr(),
     )
-    return undecided, counts, call, (radii, labels, gap, *limits)
+    return (undecided, counts), call, (radii, labels, gap, *limits)

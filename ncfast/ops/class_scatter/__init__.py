@@ -152,8 +152,8 @@ def _(
     shift: torch.Tensor,
     scatter: bool,
     radii: bool,
-    precision: str,  # noqa: ARG001
-    ignore_index: int,  # noqa: ARG001
+    precision: str,  # noqa: ARG001 (one signature)
+    ignore_index: int,  # noqa: ARG001 (one signature)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     C, p = shift.shape
     side = p if scatter else 0

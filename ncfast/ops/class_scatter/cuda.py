@@ -19,9 +19,10 @@ def lacks(features: torch.Tensor, *, scatter: bool = True, **_: int) -> str | No
         return None
     if features.dtype == torch.float64:
         return "float64 features are left to the float64 reference, whose products are the vendor's GEMM"
-    # Three planes of two sides, two fetches of 32 rows of two sides, and the squares of eight warps.
-    needed = 6 * 32 * 136 * 2 + 4 * 32 * 128 * features.element_size() + 8 * 128 * 4
     if features.is_cuda:
+        import ncfast._cuda as _cuda
+
+        needed = _cuda.class_scatter_shared(_name(features.dtype), max(_PLANES.values()))
         properties = torch.cuda.get_device_properties(features.device)
         limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
         if needed > limit:
@@ -72,7 +73,7 @@ def describe(
         N=N,
         p=p,
         C=C,
-        dtype=str(features.dtype).removeprefix("torch."),
+        dtype=_name(features.dtype),
         features=features.data_ptr(),
         row_bytes=features.stride(0) * features.element_size(),
         labels=labels.data_ptr(),
@@ -88,3 +89,7 @@ def describe(
     if result.scatter is not None:
         call = _cuda.class_scatter(call, planes=_PLANES[precision], scatter=result.scatter.data_ptr())
     return result, call, (features, labels, shift)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -192,7 +192,7 @@ def _(
     weight: torch.Tensor,
     bias: torch.Tensor | None,  # noqa: ARG001 (one signature)
     anchors: torch.Tensor,
-    classes: torch.Tensor | None,  # noqa: ARG001
+    classes: torch.Tensor | None,  # noqa: ARG001 (one signature)
 ) -> torch.Tensor:
     return weight.new_empty(anchors.shape[0], dtype=torch.float64)
 
