@@ -124,7 +124,8 @@ def collapsed(rounds):
         statistics.median(seconds(run) for _ in range(rounds)) for run in (ours, radii_again, features.sum)
     )
     both = own + streamed
-    print(f"NC4, N={N} p=2048 C={C}, within/mean 1e-2: {tally.certified} of {tally.total} certified")
+    total, certified, *_ = tally.tolist()
+    print(f"NC4, N={N} p=2048 C={C}, within/mean 1e-2: {certified} of {total} certified")
     print(f"    decisions from known radii {1e3 * own:.1f} ms; with a pass for the radii {1e3 * both:.1f} ms")
     print(f"    one read {1e3 * read:.1f} ms: {both / read:.2f} of them")
     for name, other in runs.items():

@@ -22,8 +22,8 @@ namespace {
 constexpr int64_t kChunk = 1 << 20;  // rows sorted at once: bounds the memory that grows with N
 constexpr int64_t kPackStrip = 64;   // rows
 constexpr int64_t kPage = 4096;
-constexpr int64_t kStreamStrip = 256;
-constexpr int64_t kStreamBlock = 64 * kStreamStrip;
+constexpr int64_t kStreamStrips = 64;  // of a block; nothing asks for the first rows of one in time, so long
+constexpr int64_t kLeastStreamStrip = 256, kMostStreamStrip = 1024;
 constexpr int64_t kFusedStrip = 2048;  // rows; no float32 sum is longer
 constexpr int64_t kFusedBlock = 64 * kFusedStrip;
 constexpr int64_t kFusedLeast = 8 * kFusedStrip;  // rows; with fewer some threads would have no strip
@@ -76,25 +76,28 @@ int64_t label_at(const ClassScatter& call, int64_t i) {
 
 // The rows of one chunk that are in use, by class and within a class as they came.
 struct Order {
-  std::vector<int32_t> label;  // of each row of the chunk, -1 for those left out
-  std::vector<int32_t> row;
+  std::vector<int32_t> given;  // the label of each row of the chunk, -1 for those left out
+  std::vector<int32_t> row, label;
   std::vector<int64_t> start;
 
   // Labels are read once: another thread may be writing them.
   void sort(const ClassScatter& call, int64_t first, int64_t rows) {
-    label.resize(rows);
+    given.resize(rows);
     start.assign(call.C + 1, 0);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t y = label_at(call, first + i);
       const bool used = y >= 0 && y < call.C && y != call.ignore_index;
-      label[i] = used ? static_cast<int32_t>(y) : -1;
+      given[i] = used ? static_cast<int32_t>(y) : -1;
       if (used) start[y + 1]++;
     }
     for (int64_t c = 0; c < call.C; c++) start[c + 1] += start[c];
     row.resize(start[call.C]);
+    label.resize(start[call.C]);
+    for (int64_t c = 0; c < call.C; c++)
+      std::fill(label.begin() + start[c], label.begin() + start[c + 1], static_cast<int32_t>(c));
     std::vector<int64_t>& at = start;  // afterwards start[c] is where class c ends
     for (int64_t i = 0; i < rows; i++) {
-      if (label[i] >= 0) row[at[label[i]]++] = static_cast<int32_t>(i);
+      if (given[i] >= 0) row[at[given[i]]++] = static_cast<int32_t>(i);
     }
   }
 };
@@ -134,10 +137,12 @@ class Pass {
     const int64_t padded = round_up(p, body_.pad);
     const bool fused = multiply && padded <= body_.fused_columns && call_.N >= kFusedLeast;
     const int64_t most = round_up(std::min(call_.N, kChunk), kGroup);
+    const int64_t stream_strip =
+        std::clamp(round_up(call_.N / kStreamStrips, kGroup), kLeastStreamStrip, kMostStreamStrip);
+    strip_ = fused ? kFusedStrip : multiply ? kPackStrip : stream_strip;
     const int64_t block_rows = std::min(most, fused      ? kFusedBlock
                                               : multiply ? body_.block_rows
-                                                         : kStreamBlock);
-    strip_ = fused ? kFusedStrip : multiply ? kPackStrip : kStreamStrip;
+                                                         : kStreamStrips * strip_);
     Carry carry((block_rows + strip_ - 1) / strip_, p, multiply);
     std::vector<double> diagonal;
     Memory memory;
@@ -185,11 +190,11 @@ class Pass {
     Real* radii = static_cast<Real*>(call_.radii);
     if (!radii) return;
     for (int64_t i = 0; i < rows; i++) {
-      if (order_.label[i] < 0) radii[chunk_ + i] = std::numeric_limits<Real>::quiet_NaN();
+      if (order_.given[i] < 0) radii[chunk_ + i] = std::numeric_limits<Real>::quiet_NaN();
     }
   }
 
-  int32_t label_of(int64_t sorted) const { return order_.label[order_.row[sorted]]; }
+  int32_t label_of(int64_t sorted) const { return order_.label[sorted]; }
 
   const char* feature_row(int64_t sorted) const {
     return static_cast<const char*>(call_.features) + (chunk_ + order_.row[sorted]) * call_.row_bytes;

@@ -112,7 +112,8 @@ struct VectorBody {
       V total = {};
       for (int r = 0; r < R; r++) {
         const V d = load<Feature, Real, W>(group.features[first + r], j, count) - k;
-        __builtin_prefetch(group.next[first + r] + j * sizeof(typename Stored<Feature>::type));
+        // Into the second level: as many lines into the first wait for each other longer.
+        __builtin_prefetch(group.next[first + r] + j * sizeof(typename Stored<Feature>::type), 0, 2);
         total += d;
         square[r] += d * d;
       }
@@ -126,6 +127,7 @@ struct VectorBody {
     for (int first = 0; first < group.rows;) {
       int end = first;
       while (!group.last[end]) end++;
+      for (; first + 8 <= end + 1; first += 8) stream_rows<8>(group, first, p, out);
       for (; first + 4 <= end + 1; first += 4) stream_rows<4>(group, first, p, out);
       for (; first <= end; first++) stream_rows<1>(group, first, p, out);
     }
