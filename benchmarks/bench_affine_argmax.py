@@ -135,7 +135,8 @@ def collapsed(rounds):
 
 
 def _nc4(rule_and_means, features, labels, radii, gap):
-    distances = ncfast.pair_geometry(rule_and_means[2]).nearest_distance
+    means = rule_and_means[2]
+    distances = 2 * ncfast.decision_radius(means, -0.5 * means.square().sum(1), means)
     decisions = importlib.import_module("ncfast.measure")._Decisions(*rule_and_means, distances)
     return decisions.count(features, labels, radii, gap)
 

@@ -2,12 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/pool.h"
 
 namespace ncfast {
@@ -23,31 +22,19 @@ constexpr int64_t kBlocksPerPoll = 256;
 // packing of the classes. It stays where it decides three of four rows of the sample.
 constexpr int64_t kCoarseRows = 4096, kCoarseClasses = 257, kSample = 512;
 
-struct Free {
-  void operator()(char* data) const { std::free(data); }
-};
-using Buffer = std::unique_ptr<char, Free>;
-
-Buffer allocate(size_t bytes) {
-  constexpr size_t kPage = 4096;
-  void* data = std::aligned_alloc(kPage, (bytes + kPage) / kPage * kPage);
-  if (!data) throw std::bad_alloc();
-  return Buffer(static_cast<char*>(data));
-}
-
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // A rule as a body wants it, at one level.
 struct PackedRule {
   int64_t classes;  // padded
-  Buffer panel;
+  Memory<char> panel;
   std::vector<float> scale, bias;
   Norms largest = {0, 0, 0};
   double largest_bias = 0, bias_slack = 0;
 
   PackedRule(const AffineRule& rule, const ArgmaxBody& body, int64_t p, int level, int threads)
       : classes(round_up(rule.C, body.classes)),
-        panel(allocate(classes * body.bytes(p, level))),
+        panel(allocate<char>(classes * body.bytes(p, level))),
         scale(classes),
         bias(classes, -std::numeric_limits<float>::infinity()) {
     const int64_t tasks = classes / body.classes;
@@ -113,7 +100,7 @@ class Scorer {
     const size_t block_bytes = rows * body_.bytes(p, level);
     const size_t slot_bytes = round_up(block_bytes, 4096) + round_up(body_.scratch(rows), 4096);
     const int slots = static_cast<int>(std::min<int64_t>(threads_, blocks));
-    Buffer buffers = allocate(slot_bytes * slots);
+    const Memory<char> buffers = allocate<char>(slot_bytes * slots);
     const double depth = body_.depth(p, level);
     for (int64_t start = 0; start < blocks; start += kBlocksPerPoll) {
       parallel_for(slots, std::min(kBlocksPerPoll, blocks - start), [&](int64_t task, int slot) {

@@ -5,15 +5,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "cpu/memory.h"
 #include "cpu/pool.h"
 
 namespace ncfast {
@@ -24,42 +20,26 @@ constexpr int64_t kPackStrip = 64;   // rows
 constexpr int64_t kPage = 4096;
 constexpr int64_t kStreamStrips = 64;  // of a block; nothing asks for the first rows of one in time, so long
 constexpr int64_t kLeastStreamStrip = 256, kMostStreamStrip = 1024;
-constexpr int64_t kFusedStrip = 2048;  // rows; no float32 sum is longer
+constexpr int64_t kLongRow = 1024, kStreamed = 8;  // columns; rows that stream() reads at once
+constexpr int64_t kFusedStrip = 2048;              // rows; no float32 sum is longer
 constexpr int64_t kFusedBlock = 64 * kFusedStrip;
 constexpr int64_t kFusedLeast = 8 * kFusedStrip;  // rows; with fewer some threads would have no strip
 constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread costs more than it saves
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-struct Free {
-  size_t bytes = 0;
-  void operator()(char* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
 // A small one is kept for the thread's next call: for a batch of 128 rows fresh pages took longer than the
 // products.
-thread_local Memory kept;
+thread_local Memory<char> kept;
 
-void keep(Memory memory) {
+void keep(Memory<char> memory) {
   constexpr size_t kMost = 4 << 20;
   const size_t bytes = memory.get_deleter().bytes;
   if (bytes <= kMost && (!kept || kept.get_deleter().bytes < bytes)) kept = std::move(memory);
 }
 
-// Large ones are on huge pages where the system lets us: a panel has more small ones than the processor keeps
-// translations of.
-Memory allocate(size_t bytes) {
-  if (kept && kept.get_deleter().bytes >= bytes) return std::move(kept);
-  constexpr size_t kSmallPage = 1 << 12, kHugePage = 1 << 21;
-  const bool huge = bytes >= 2 * kHugePage;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, huge ? kHugePage : kSmallPage, std::max<size_t>(bytes, 1)))
-    throw std::bad_alloc();
-#if defined(__linux__)
-  if (huge) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
-  return Memory(static_cast<char*>(memory), Free{bytes});
+Memory<char> allocate_or_kept(size_t bytes) {
+  return kept && kept.get_deleter().bytes >= bytes ? std::move(kept) : allocate<char>(bytes);
 }
 
 int64_t label_at(const ClassScatter& call, int64_t i) {
@@ -140,18 +120,19 @@ class Pass {
     const int64_t stream_strip =
         std::clamp(round_up(call_.N / kStreamStrips, kGroup), kLeastStreamStrip, kMostStreamStrip);
     strip_ = fused ? kFusedStrip : multiply ? kPackStrip : stream_strip;
+    ahead_ = !multiply && call_.p >= kLongRow ? kStreamed : kGroup;
     const int64_t block_rows = std::min(most, fused      ? kFusedBlock
                                               : multiply ? body_.block_rows
                                                          : kStreamStrips * strip_);
     Carry carry((block_rows + strip_ - 1) / strip_, p, multiply);
     std::vector<double> diagonal;
-    Memory memory;
+    Memory<char> memory;
     if (multiply) {
       const int64_t rows = fused ? body_.fused_rows : block_rows, tile = fused ? padded : body_.tile(padded);
       const int64_t panels = fused ? threads_ : 1;
       const size_t panel_bytes = round_up(body_.element(call_.precision) * padded * rows, kPage);
       scratch_bytes_ = round_up(body_.scratch * tile * tile, kPage);
-      memory = allocate(panels * panel_bytes + threads_ * scratch_bytes_);
+      memory = allocate_or_kept(panels * panel_bytes + threads_ * scratch_bytes_);
       for (int64_t i = 0; i < panels; i++) {
         panels_.push_back({p, padded, 0, rows, tile, call_.precision, memory.get() + i * panel_bytes});
       }
@@ -262,7 +243,7 @@ class Pass {
       for (int i = 0; i < group.rows; i++) {
         const int32_t c = label_of(row + i);
         group.features[i] = feature_row(row + i);
-        group.next[i] = feature_row(std::min(row + i + kGroup, end - 1));
+        group.next[i] = feature_row(std::min(row + i + ahead_, end - 1));
         group.shift[i] = shift + c * p * sizeof(Real);
         group.sums[i] = c == carried_class ? carried_sums : call_.sums + c * p;
         group.last[i] = i + 1 == group.rows || label_of(row + i + 1) != c;
@@ -332,7 +313,7 @@ class Pass {
   const ScatterBody& body_;
   const int threads_;
   const std::function<void()>& poll_;
-  int64_t chunk_ = 0, strip_ = 0;
+  int64_t chunk_ = 0, strip_ = 0, ahead_ = 0;
   Order order_;
   std::vector<Panel> panels_;  // one, or one per thread, or none to stream
   char* scratch_ = nullptr;    // of scratch_bytes_ per thread

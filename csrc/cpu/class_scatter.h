@@ -67,7 +67,8 @@ constexpr int kGroup = 32;
 struct Group {
   int rows;
   const char* features[kGroup];
-  const char* next[kGroup];  // rows worth prefetching meanwhile: those of the following group
+  const char*
+      next[kGroup];  // rows worth prefetching meanwhile: those a group or, if they are long, less ahead
   const char* shift[kGroup];
   double* sums[kGroup];
   bool last[kGroup];  // whether the row is the last one with its sums

@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/pool.h"
 
 namespace ncfast {
@@ -42,17 +41,6 @@ const PairScreen* screen_of([[maybe_unused]] Isa isa, [[maybe_unused]] int level
   return nullptr;
 }
 
-struct Free {
-  void operator()(double* memory) const { std::free(memory); }
-};
-using Buffer = std::unique_ptr<double, Free>;
-
-Buffer allocate(int64_t count) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 4096, count * sizeof(double))) throw std::bad_alloc();
-  return Buffer(static_cast<double*>(memory));
-}
-
 // tasks(i, slot) for i in [0, count), polling in between.
 void run_tasks(int threads, int64_t count, const std::function<void()>& poll,
                const std::function<void(int64_t, int)>& task) {
@@ -67,7 +55,7 @@ void run_tasks(int threads, int64_t count, const std::function<void()>& poll,
 class Panels {
  public:
   Panels(const double* vectors, int64_t rows, int64_t p, int threads, const int64_t* chosen = nullptr)
-      : p_(p), data_(allocate(round_up(rows, kSide) * p)) {
+      : p_(p), data_(allocate<double>(round_up(rows, kSide) * p)) {
     parallel_for(threads, round_up(rows, kSide) / kPanelRows, [&](int64_t panel, int) {
       double* out = data_.get() + panel * kPanelRows * p;
       const double* from[kPanelRows];
@@ -85,7 +73,7 @@ class Panels {
 
  private:
   const int64_t p_;
-  const Buffer data_;
+  const Memory<double> data_;
 };
 
 // |row|^2, padded with zeros.
@@ -212,7 +200,7 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
   const Projection projection = project({C, p, call.vectors, call.vectors}, body, threads);
   std::vector<PairSums> sums(blocks);
   std::vector<double> residuals(blocks);
-  const Buffer tiles = allocate(int64_t{threads} * kSide * kSide);
+  const Memory<double> tiles = allocate<double>(int64_t{threads} * kSide * kSide);
   const int64_t group = blocks_per_task(blocks, p);
   run_tasks(threads, (blocks + group - 1) / group, poll, [&](int64_t task, int slot) {
     double* tile = tiles.get() + slot * kSide * kSide;
@@ -270,7 +258,7 @@ double etf_error(const EtfError& call, Isa isa, int threads, const std::function
       symmetric ? nullptr : std::make_unique<Panels>(call.right, C, p, threads);
   const Panels& right = symmetric ? left : *other;
   std::vector<double> sums(blocks);
-  const Buffer tiles = allocate(int64_t{threads} * kSide * kSide);
+  const Memory<double> tiles = allocate<double>(int64_t{threads} * kSide * kSide);
   run_tasks(threads, blocks, poll, [&](int64_t block, int slot) {
     double* tile = tiles.get() + slot * kSide * kSide;
     const int64_t I = block * kSide;
@@ -290,7 +278,7 @@ class ScreenBlocks {
  public:
   ScreenBlocks(const PairScreen& screen, bool left, const double* vectors, const double* norms, int64_t rows,
                int64_t p, int threads, const int64_t* chosen = nullptr)
-      : block_(screen.block(p)), data_(allocate(round_up(rows, kSide) / kSide * block_ / sizeof(double))) {
+      : block_(screen.block(p)), data_(allocate<char>(round_up(rows, kSide) / kSide * block_)) {
     const auto pack = left ? screen.pack_left : screen.pack_right;
     std::vector<Packed> packed(round_up(rows, kSide));
     parallel_for(threads, round_up(rows, kSide) / kSide, [&](int64_t block, int) {
@@ -305,12 +293,12 @@ class ScreenBlocks {
     }
   }
 
-  char* at(int64_t row) const { return reinterpret_cast<char*>(data_.get()) + row / kSide * block_; }
+  char* at(int64_t row) const { return data_.get() + row / kSide * block_; }
   Packed most() const { return most_; }
 
  private:
   const size_t block_;
-  const Buffer data_;
+  const Memory<char> data_;
   Packed most_ = {0, 0};
 };
 
@@ -354,7 +342,7 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
                      own_norms.data(),
                      0};
   std::vector<Candidate> waiting(threads * kRadiusRoom);
-  const Buffer tiles = allocate(int64_t{threads} * 2 * kSide * kSide);
+  const Memory<double> tiles = allocate<double>(int64_t{threads} * 2 * kSide * kSide);
   // Decides the blocks in `todo`; with `impatience` hands those back of which too many walls would be
   // evaluated.
   const auto sweep = [&](const std::vector<int64_t>& todo, bool impatient, const RadiusTiles& tiles_of) {

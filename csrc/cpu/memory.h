@@ -1,0 +1,30 @@
+// Memory that a call needs while it runs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace ncfast {
+
+struct Free {
+  size_t bytes = 0;
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+template <class T>
+using Memory = std::unique_ptr<T, Free>;
+
+// Aligned to a page. Large ones are on huge pages where the system lets us: there are more small ones than
+// the processor keeps translations of, and the first touch of each is a fault.
+Memory<void> allocate_bytes(size_t bytes);
+
+template <class T>
+Memory<T> allocate(int64_t count) {
+  Memory<void> memory = allocate_bytes(count * sizeof(T));
+  const Free free = memory.get_deleter();
+  return Memory<T>(static_cast<T*>(memory.release()), free);
+}
+
+}  // namespace ncfast
