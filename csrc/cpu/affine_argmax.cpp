@@ -22,8 +22,6 @@ constexpr int64_t kBlocksPerPoll = 256;
 // packing of the classes. It stays where it decides three of four rows of the sample.
 constexpr int64_t kCoarseRows = 4096, kCoarseClasses = 257, kSample = 512;
 
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // A rule as a body wants it, at one level.
 struct PackedRule {
   int64_t classes;  // padded

@@ -18,15 +18,14 @@ namespace {
 constexpr int64_t kChunk = 1 << 20;  // rows sorted at once: bounds the memory that grows with N
 constexpr int64_t kPackStrip = 64;   // rows
 constexpr int64_t kPage = 4096;
-constexpr int64_t kStreamStrips = 64;  // of a block; nothing asks for the first rows of one in time, so long
+constexpr int64_t kStreamStrips = 64;  // of a block
+// Rows. The first ones of a strip are prefetched by nobody, so the fewer strips the better.
 constexpr int64_t kLeastStreamStrip = 256, kMostStreamStrip = 1024;
-constexpr int64_t kLongRow = 1024, kStreamed = 8;  // columns; rows that stream() reads at once
-constexpr int64_t kFusedStrip = 2048;              // rows; no float32 sum is longer
+constexpr int64_t kLongRow = 1024;  // columns; streamed rows as long as this are not prefetched a group ahead
+constexpr int64_t kFusedStrip = 2048;  // rows; no float32 sum is longer
 constexpr int64_t kFusedBlock = 64 * kFusedStrip;
 constexpr int64_t kFusedLeast = 8 * kFusedStrip;  // rows; with fewer some threads would have no strip
 constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread costs more than it saves
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // A small one is kept for the thread's next call: for a batch of 128 rows fresh pages took longer than the
 // products.

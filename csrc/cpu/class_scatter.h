@@ -62,6 +62,7 @@ enum class Refusal { none, label, nonfinite };
 Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int threads);
 
 constexpr int kGroup = 32;
+constexpr int kStreamed = 8;  // rows of one class that ScatterBody::stream reads side by side
 
 // Rows of a block in class order, and where their residuals go.
 struct Group {

@@ -127,7 +127,7 @@ struct VectorBody {
     for (int first = 0; first < group.rows;) {
       int end = first;
       while (!group.last[end]) end++;
-      for (; first + 8 <= end + 1; first += 8) stream_rows<8>(group, first, p, out);
+      for (; first + kStreamed <= end + 1; first += kStreamed) stream_rows<kStreamed>(group, first, p, out);
       for (; first + 4 <= end + 1; first += 4) stream_rows<4>(group, first, p, out);
       for (; first <= end; first++) stream_rows<1>(group, first, p, out);
     }

@@ -9,7 +9,7 @@
 
 namespace ncfast {
 
-Memory<void> allocate_bytes(size_t bytes) {
+void* allocate_bytes(size_t bytes) {
   constexpr size_t kSmallPage = 1 << 12, kHugePage = 1 << 21;
   const bool huge = bytes >= 2 * kHugePage;
   void* memory = nullptr;
@@ -18,7 +18,7 @@ Memory<void> allocate_bytes(size_t bytes) {
 #if defined(__linux__)
   if (huge) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
-  return Memory<void>(memory, Free{bytes});
+  return memory;
 }
 
 }  // namespace ncfast

@@ -18,13 +18,16 @@ using Memory = std::unique_ptr<T, Free>;
 
 // Aligned to a page. Large ones are on huge pages where the system lets us: there are more small ones than
 // the processor keeps translations of, and the first touch of each is a fault.
-Memory<void> allocate_bytes(size_t bytes);
+void* allocate_bytes(size_t bytes);
 
 template <class T>
 Memory<T> allocate(int64_t count) {
-  Memory<void> memory = allocate_bytes(count * sizeof(T));
-  const Free free = memory.get_deleter();
-  return Memory<T>(static_cast<T*>(memory.release()), free);
+  const size_t bytes = count * sizeof(T);
+  return Memory<T>(static_cast<T*>(allocate_bytes(bytes)), Free{bytes});
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
 }
 
 }  // namespace ncfast

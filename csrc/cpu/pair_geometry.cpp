@@ -17,8 +17,6 @@ constexpr int64_t kTasksPerPoll = 32;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 const PairBody& body_of(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
@@ -343,7 +341,7 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
                      0};
   std::vector<Candidate> waiting(threads * kRadiusRoom);
   const Memory<double> tiles = allocate<double>(int64_t{threads} * 2 * kSide * kSide);
-  // Decides the blocks in `todo`; with `impatience` hands those back of which too many walls would be
+  // Decides the blocks in `todo`; if `impatient` hands those back of which too many walls would be
   // evaluated.
   const auto sweep = [&](const std::vector<int64_t>& todo, bool impatient, const RadiusTiles& tiles_of) {
     std::vector<char> left(blocks);

@@ -288,17 +288,12 @@ __global__ void __launch_bounds__(kThreads) scatter_reduce(const Scatter s) {
   s.scatter[j * s.p + i] = sum;
 }
 
-int shared_bytes(int element, int planes) {
-  return 2 * planes * static_cast<int>(sizeof(Plane)) + 4 * kRows * kSide * element +
-         static_cast<int>(sizeof(float[kWarps][kSide]));
-}
-
 template <int kDtype, int kVector, int kPlanes>
 void add_pairs(std::vector<Launch>* plan, const Scatter& s) {
   const std::string name = "scatter_pairsILi" + std::to_string(kDtype) + "ELi" + std::to_string(kVector) +
                            "ELi" + std::to_string(kPlanes) + "E";
   add(plan, name, &scatter_pairs<kDtype, kVector, kPlanes>, s.pairs * s.splits, kThreads, s,
-      shared_bytes(element_bytes(static_cast<Dtype>(kDtype)), kPlanes));
+      class_scatter_shared(static_cast<Dtype>(kDtype), kPlanes));
 }
 
 template <int kDtype, int kVector>
@@ -339,7 +334,10 @@ Scatter carve(const ClassScatter& call, Carver* workspace) {
 
 }  // namespace
 
-int class_scatter_shared(Dtype dtype, int planes) { return shared_bytes(element_bytes(dtype), planes); }
+int class_scatter_shared(Dtype dtype, int planes) {
+  return 2 * planes * static_cast<int>(sizeof(Plane)) + 4 * kRows * kSide * element_bytes(dtype) +
+         static_cast<int>(sizeof(float[kWarps][kSide]));
+}
 
 int64_t class_scatter_workspace(const ClassScatter& call) {
   Carver nothing(nullptr);

@@ -141,7 +141,7 @@ def _affine_argmax_op(
 def _(
     features: torch.Tensor,
     weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],  # noqa: ARG001 (one signature)
+    biases: list[torch.Tensor | None],  # noqa: ARG001 (the operator's signature)
 ) -> list[torch.Tensor]:
     return [features.new_empty(features.shape[0], dtype=torch.int64) for _ in weights]
 
@@ -152,5 +152,5 @@ def _nearest_class_center_op(features: torch.Tensor, means: torch.Tensor) -> tor
 
 
 @_nearest_class_center_op.register_fake
-def _(features: torch.Tensor, means: torch.Tensor) -> torch.Tensor:  # noqa: ARG001 (one signature)
+def _(features: torch.Tensor, means: torch.Tensor) -> torch.Tensor:  # noqa: ARG001 (the operator's signature)
     return features.new_empty(features.shape[0], dtype=torch.int64)

@@ -148,12 +148,12 @@ def _class_scatter_op(
 @_class_scatter_op.register_fake
 def _(
     features: torch.Tensor,
-    labels: torch.Tensor,  # noqa: ARG001 (one signature)
+    labels: torch.Tensor,  # noqa: ARG001 (the operator's signature)
     shift: torch.Tensor,
     scatter: bool,
     radii: bool,
-    precision: str,  # noqa: ARG001 (one signature)
-    ignore_index: int,  # noqa: ARG001 (one signature)
+    precision: str,  # noqa: ARG001 (the operator's signature)
+    ignore_index: int,  # noqa: ARG001 (the operator's signature)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     C, p = shift.shape
     side = p if scatter else 0

@@ -176,7 +176,7 @@ def _etf_error_op(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tenso
 
 
 @_etf_error_op.register_fake
-def _(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 (one signature)
+def _(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:  # noqa: ARG001 (the operator's signature)
     return left.new_empty((), dtype=torch.float64)
 
 
@@ -190,9 +190,9 @@ def _decision_radius_op(
 @_decision_radius_op.register_fake
 def _(
     weight: torch.Tensor,
-    bias: torch.Tensor | None,  # noqa: ARG001 (one signature)
+    bias: torch.Tensor | None,  # noqa: ARG001 (the operator's signature)
     anchors: torch.Tensor,
-    classes: torch.Tensor | None,  # noqa: ARG001 (one signature)
+    classes: torch.Tensor | None,  # noqa: ARG001 (the operator's signature)
 ) -> torch.Tensor:
     return weight.new_empty(anchors.shape[0], dtype=torch.float64)
 
