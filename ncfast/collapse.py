@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -10,6 +10,7 @@ from ncfast.ops.pair_geometry import PairGeometry, etf_error, pair_geometry
 from ncfast.statistics import ClassStatistics, weighted_mean
 
 GLOBAL_MEANS = ("samples", "classes")
+_EMPTY = "the statistics hold no samples"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,9 +107,10 @@ def collapse(
 ) -> CollapseReport:
     """Compute NC1–NC3 and their kin from accumulated statistics.
 
-    NC4 needs the features again: see `measure` and `measure_model`. NC1 comes from the [C, C] Gram matrix of
-    the means, or where C > p from a symmetric eigenproblem of size p, in float64, never from a p×p
-    pseudo-inverse.
+    NC4 needs the features again: see `measure` and `measure_model`. NC1 comes from a Cholesky factor of
+    the [C, C] Gram matrix of the means, or where C > p of Σ_B, in float64, and where they are ill-conditioned
+    from an eigenproblem of the same size; never from a p×p pseudo-inverse. A GPU is waited for once, to read
+    the numbers; again where a class is absent, for it is left out then, or for the eigenproblem.
 
     Args:
         stats: at least one sample; without its scatter NC1 is None.
@@ -135,13 +137,54 @@ def collapse_and_distances(
     bias: torch.Tensor | None = None,
     *,
     global_mean: str = "samples",
-) -> tuple[CollapseReport, torch.Tensor]:
-    """`collapse`, and each present class's distance from the nearest other mean, ∞ for a single class."""
+) -> tuple[CollapseReport, torch.Tensor, torch.Tensor]:
+    """`collapse`; the classes present [C]; and their distances from the nearest other mean, ∞ if alone."""
     check_global_mean(global_mean)
     check_classifier(weight, bias, stats.num_classes, stats.dim, stats.counts.device)
-    present = stats.present.nonzero().squeeze(1)
-    if len(present) == 0:
-        raise ValueError("the statistics hold no samples")
+    counts = stats.counts
+    finite = [tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None]
+    facts = [counts.sum(), counts.count_nonzero(), stats._skipped, *finite]
+    # A GPU is waited for once, in `_read`: every class is taken to be present until that is known.
+    present = torch.arange(len(counts), device=counts.device)
+    if counts.device.type == "cpu":
+        present = present[counts > 0]
+        if len(present) == 0:
+            raise ValueError(_EMPTY)
+    with stats._unquestioned():
+        numbers, centred, distances = _numbers(stats, weight, present, global_mean)
+    read = stats._read([*facts, *numbers.values()])
+    (num_samples, num_present, num_skipped, *passed), values = read[: len(facts)], read[len(facts) :]
+    if num_samples == 0:
+        raise ValueError(_EMPTY)
+    if not all(passed):
+        _check_finite(weight, bias)
+    if num_present < len(present):
+        present = present[counts > 0]
+        numbers, centred, distances = _numbers(stats, weight, present, global_mean)
+        values = stats._read(numbers.values())
+    measured: dict[str, Any] = dict(zip(numbers, values, strict=True))
+    if math.isnan(measured.get("nc1", 0.0)):
+        measured["nc1"] = _nc1_by_eigenvalues(stats, centred).item()
+    report = CollapseReport(
+        **{name: value for name, value in measured.items() if math.isfinite(value)},
+        num_samples=int(num_samples),
+        num_classes=len(present),
+        num_absent=len(counts) - len(present),
+        num_skipped=int(num_skipped),
+        dim=stats.dim,
+        global_mean=global_mean,
+    )
+    return report, present, distances
+
+
+def _numbers(
+    stats: ClassStatistics, weight: torch.Tensor | None, present: torch.Tensor, global_mean: str
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """What a report says of the classes `present` [C], NaN where it cannot be said, without waiting for it.
+
+    Returns the numbers by name, [] float64 each; the centred means [C, p]; and their distances as
+    `collapse_and_distances` does.
+    """
     means = stats.means[present]  # [C, p]
     counts = stats.counts[present]
     weights = counts if global_mean == "samples" else torch.ones_like(counts)
@@ -159,7 +202,7 @@ def collapse_and_distances(
         numbers["cdnv"] = cast(torch.Tensor, geometry.cdnv)
         numbers["gnc2"] = geometry.log_kernel_std / geometry.log_kernel_mean.abs()
         if stats.scatter is not None:
-            numbers["nc1"] = _nc1(stats, centred, weights)
+            numbers["nc1"] = _nc1_by_solving(stats, centred, weights)
     if len(means) > 1 and weight is not None:
         rows = weight.detach()[present].double()
         numbers |= _frame_numbers(rows, pair_geometry(rows), "classifier")
@@ -167,20 +210,7 @@ def collapse_and_distances(
         numbers["etf_error_product"] = etf_error(rows, centred)
         products = (rows * centred).sum(1)
         numbers["unc3"] = _variation(products / rows.norm(dim=1) / centred.norm(dim=1))
-    values = torch.stack(list(numbers.values())).tolist()  # a GPU has finished then
-    if means.device.type != "cpu":
-        _check_finite(weight, bias)
-    measurable = {name: value for name, value in zip(numbers, values, strict=True) if math.isfinite(value)}
-    report = CollapseReport(
-        **measurable,
-        num_samples=stats.num_samples,
-        num_classes=len(means),
-        num_absent=stats.num_classes - len(means),
-        num_skipped=stats.num_skipped,
-        dim=stats.dim,
-        global_mean=global_mean,
-    )
-    return report, distances
+    return numbers, centred, distances
 
 
 def check_global_mean(global_mean: str) -> None:
@@ -217,25 +247,38 @@ def _check_finite(weight: torch.Tensor | None, bias: torch.Tensor | None) -> Non
             raise ValueError(f"{name} holds a NaN or an infinity")
 
 
-def _nc1(stats: ClassStatistics, centred: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Tr(Σ_W Σ_B†)/C, where Σ weights_c · centred_c = 0.
+def _nc1_by_solving(stats: ClassStatistics, centred: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Tr(Σ_W Σ_B†)/C, where Σ weights_c · centred_c = 0; NaN where that would leave fewer than 8 digits.
 
-    By solving with the Gram matrix of the means where it has rank C − 1 and a condition that leaves 8 digits,
-    else by an eigenproblem of size min(C, p).
+    By a Cholesky factor of Σ_B, or where C ≤ p of the Gram matrix of the means, if that has rank C − 1.
     """
     C, p = centred.shape
     frame = centred / math.sqrt(C)  # Σ_B = frameᵀ frame
     if p >= C:
-        # G = frame frameᵀ, G w = 0 and Y = G† frame give Σ_B† = Yᵀ Y, and 1/λ_min ≤ Tr G† = ‖Y‖².
-        gram = frame @ frame.T
+        # G = frame frameᵀ, G w = 0 and Y = G† frame give Σ_B† = Yᵀ Y.
+        matrix = frame @ frame.T
         w = weights.double() / weights.double().norm()
-        factor, failed = torch.linalg.cholesky_ex(gram + gram.trace() / C * torch.outer(w, w))
-        solution = torch.cholesky_solve(frame, factor)  # Y [C, p]
-        if (failed == 0) & (solution.square().sum() * gram.norm() < 2.0**26):
-            return stats.within_quadratic(solution.T).sum() / C
-        # Σ_k v_kᵀ Σ_W v_k / λ_k over the eigenpairs (λ_k, v_k) of Σ_B; the eigenvectors u of G give
-        # v = frameᵀ u / √λ.
-        values, vectors = torch.linalg.eigh(gram)
+        factor, failed = torch.linalg.cholesky_ex(matrix + matrix.trace() / C * torch.outer(w, w))
+        root = torch.cholesky_solve(frame, factor).T  # [p, C]
+    else:
+        # Σ_B = L Lᵀ gives Σ_B⁻¹ = L⁻ᵀ L⁻¹.
+        matrix = frame.T @ frame
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        identity = torch.eye(p, dtype=factor.dtype, device=factor.device)
+        root = torch.linalg.solve_triangular(factor, identity, upper=False).T
+    condition = root.square().sum() * matrix.norm()  # no less: 1/λ_min ≤ Tr Σ_B† = ‖root‖²
+    nc1 = stats.within_quadratic(root).sum() / C
+    return torch.where((failed == 0) & (condition < 2.0**26), nc1, torch.nan)
+
+
+def _nc1_by_eigenvalues(stats: ClassStatistics, centred: torch.Tensor) -> torch.Tensor:
+    """Tr(Σ_W Σ_B†)/C of any means, by an eigenproblem of size min(C, p); NaN where they coincide."""
+    C, p = centred.shape
+    frame = centred / math.sqrt(C)
+    # Σ_k v_kᵀ Σ_W v_k / λ_k over the eigenpairs (λ_k, v_k) of Σ_B; where C ≤ p the eigenvectors u of the
+    # Gram matrix of the means give v = frameᵀ u / √λ.
+    if p >= C:
+        values, vectors = torch.linalg.eigh(frame @ frame.T)
         vectors = frame.T @ (vectors / values.clamp(min=0.0).sqrt())
     else:
         values, vectors = torch.linalg.eigh(frame.T @ frame)
@@ -243,7 +286,7 @@ def _nc1(stats: ClassStatistics, centred: torch.Tensor, weights: torch.Tensor) -
     kept = values > max(C, p) * torch.finfo(torch.float64).eps * values[-1]
     values, vectors = values[kept], vectors[:, kept]
     if len(values) == 0:
-        return centred.new_tensor(torch.nan)
+        return centred.new_full((), torch.nan)
     return (stats.within_quadratic(vectors) / values).sum() / C
 
 

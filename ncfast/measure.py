@@ -59,6 +59,10 @@ def measure(
     The features are read once for the statistics. Samples whose distance to their class mean is below the
     decision radius of both rules are decided by that alone; only the others are read again for NC4.
 
+    A GPU is waited for to read the numbers of NC1–NC3, to gather the samples to read again, and to read those
+    of NC4; before that only for C itself, where neither `weight` nor `num_classes` gives it. See `collapse`
+    for what else waits where classes are absent.
+
     Args:
         features: [N, p] last-layer training features, float32, float64, bfloat16 or float16; torch.Tensor or
             numpy array.
@@ -117,27 +121,32 @@ def measure(
         with rows_from(rows.start):
             seen.append(stats.accumulate(h[rows], y[rows]))
     radii = torch.cat(seen)
-    if stats.num_refused:
-        check_label_range(y, num_classes, ignore_index)
-        raise_for_nonfinite(h, y, ignore_index)
-    report, distances = collapse_and_distances(stats, W, b, global_mean=global_mean)
+    try:
+        report, present, distances = collapse_and_distances(stats, W, b, global_mean=global_mean)
+    except ValueError:
+        if stats.num_refused:
+            _raise_for_refused(h, y, num_classes, ignore_index)
+        raise
     if W is None:
         return report
     means = stats.means
     gap = (stats.shift - means).norm(dim=1)
-    on_train = _Decisions(W, b, means, distances, certificates, nearest_center=test is None)
+    rules = W, b, means, present, distances, certificates
+    on_train = _Decisions(*rules, nearest_center=test is None)
     counts = [
         on_train.count(h[rows], y[rows], radii[rows], gap) for rows in _chunks(h, progress, "train decisions")
     ]
     train = _Tally.of(counts)
     if test is None:
         return dataclasses.replace(report, nc4_data="train", train_accuracy=train.accuracy, **train.nc4())
-    on_test = _Decisions(W, b, means, distances, certificates)
+    on_test = _Decisions(*rules)
     counts = []
     for rows in _chunks(test_h, progress, "test decisions"):
         with rows_from(rows.start):
             counts.append(on_test.count_new(test_h[rows], test_y[rows], ignore_index, nonfinite))
     held_out = _Tally.of(counts)
+    if held_out.refused:
+        _raise_for_refused(test_h, test_y, num_classes, ignore_index)
     return dataclasses.replace(
         report,
         nc4_data="test",
@@ -222,8 +231,8 @@ def measure_model(
             correct += int((decided == y[used]).sum())
             if once and test_loader is None:
                 held.append((h, y))
-        report, distances = collapse_and_distances(stats, W, b, global_mean=global_mean)
-        decisions = _Decisions(W, b, stats.means, distances)
+        report, present, distances = collapse_and_distances(stats, W, b, global_mean=global_mean)
+        decisions = _Decisions(W, b, stats.means, present, distances)
         counts = []
         if held:
             second: Iterable[tuple[torch.Tensor, torch.Tensor]] = held
@@ -234,6 +243,8 @@ def measure_model(
         for h, y in second:
             with rows_from(seen):
                 counts.append(decisions.count_new(h, y, ignore_index, nonfinite))
+                if _Tally.of(counts[-1:]).refused:
+                    _raise_for_refused(h, y, num_classes, ignore_index)
             seen += len(h)
     tally = _Tally.of(counts)
     return dataclasses.replace(
@@ -253,10 +264,11 @@ class _Tally:
     certified: int = 0
     correct: int = 0
     disagreeing: int = 0
+    refused: int = 0  # of rows not seen before, on a GPU: zero unless some should have been complained about
 
     @classmethod
     def of(cls, counts: list[torch.Tensor]) -> "_Tally":
-        """Add up what `_Decisions.count` returned, [4] each, and wait for it."""
+        """Add up what `_Decisions.count` or `count_new` returned and wait for it."""
         return cls(*torch.stack(counts).sum(0).tolist()) if counts else cls()
 
     @property
@@ -283,29 +295,25 @@ class _Decisions:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         means: torch.Tensor,
-        distances: torch.Tensor,  # [C present] from each mean to the nearest other
+        present: torch.Tensor,  # the classes with a mean
+        distances: torch.Tensor,  # from each of these means to the nearest other
         certificates: bool = True,
         nearest_center: bool = True,
     ) -> None:
-        self.weight, self.means, self.nearest_center = weight, means, nearest_center
+        self.weight, self.means, self.nearest_center, self.present = weight, means, nearest_center, present
         self.bias = weight.new_zeros(len(weight)) if bias is None else bias
-        everyone = len(distances) == len(means)
-        if everyone:
-            self.present, self.anchors = torch.arange(len(means), device=means.device), means
-        else:
-            self.present = (~means[:, 0].isnan()).nonzero().squeeze(1)
-            self.anchors = means[self.present]
+        self.anchors = means if len(present) == len(means) else means[present]
         nothing = means.new_full((len(means),), -torch.inf)  # is what an absent class certifies
         self.limits = [nothing]
         if certificates:
-            radii = [decision_radius(weight, self.bias, self.anchors, self.present)]
+            radii = [decision_radius(weight, self.bias, self.anchors, present)]
             if nearest_center:
                 radii.append(0.5 * distances)
             norms = self.anchors.norm(dim=1)
             # The distances are of means less μ_G, which is no larger than the largest of them.
             unit, reach = (means.shape[1] + 4) * 2.0**-52, norms + norms.max()
             lower = [own.where(own.isinf(), own - unit * (reach + own.abs())) for own in radii]
-            self.limits = [nothing.index_copy(0, self.present, own) for own in lower]
+            self.limits = [nothing.index_copy(0, present, own) for own in lower]
 
     @functools.cached_property
     def rules(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -323,7 +331,7 @@ class _Decisions:
     ) -> torch.Tensor:
         """Decide the rows whose `radii` [N], ‖h − k_y‖, are no NaN; `gap` [C] is ‖k_c − μ_c‖.
 
-        Returns [4] int64, the fields of a `_Tally`.
+        Returns [4] int64, the fields of a `_Tally` but the last.
         """
         p = features.shape[1]
         # p float32 squares were added, of differences rounded once; squares below 2⁻¹⁴⁹ were lost.
@@ -350,7 +358,10 @@ class _Decisions:
     def count_new(
         self, features: torch.Tensor, labels: torch.Tensor, ignore_index: int, nonfinite: str
     ) -> torch.Tensor:
-        """Decide rows that the statistics have not seen: check them and get their distance to μ_y first."""
+        """Decide rows that the statistics have not seen: check them and get their distance to μ_y first.
+
+        Returns [5] int64, the fields of a `_Tally`.
+        """
         if nonfinite == "skip":
             labels = torch.where(nonfinite_rows(features), ignore_index, labels)
         if features.device.type == "cpu":
@@ -359,12 +370,18 @@ class _Decisions:
         y = torch.where(known, labels, ignore_index)
         shift = self.centers.to(shift_dtype(features.dtype))
         seen = class_scatter(features, y, shift, scatter=False, radii=True, ignore_index=ignore_index)
-        if features.device.type != "cpu" and not known.all() & seen.sumsq.isfinite().all():
-            check_label_range(labels, len(self.means), ignore_index)
-            raise_for_nonfinite(features, labels, ignore_index)
-        return self.count(
-            features, labels, cast(torch.Tensor, seen.radii), (shift - self.centers).norm(dim=1)
-        )
+        gap = (shift - self.centers).norm(dim=1)
+        counts = self.count(features, labels, cast(torch.Tensor, seen.radii), gap)
+        refused = (~known).sum() + (~seen.sumsq.isfinite()).sum()
+        return torch.cat([counts, refused[None]])
+
+
+def _raise_for_refused(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, ignore_index: int
+) -> None:
+    """Raise naming the first row that was refused on a GPU."""
+    check_label_range(labels, num_classes, ignore_index)
+    raise_for_nonfinite(features, labels, ignore_index)
 
 
 def _sampled_shift(

@@ -1,8 +1,10 @@
 """ClassStatistics: what a stream of labelled features leaves behind, mergeable and exact in deep collapse."""
 
+import contextlib
 import hashlib
 import io
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,6 +100,7 @@ class ClassStatistics:
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._refused = torch.zeros((), dtype=torch.int64, device=device)
         self._none_refused = False  # whether _refused is known to be zero: reading it waits for a GPU
+        self._questioned = True  # whether properties ask for it
 
     @property
     def scatter(self) -> torch.Tensor | None:
@@ -322,8 +325,24 @@ class ClassStatistics:
         return self.counts.device.type != "cpu"
 
     def _raise_refused(self) -> None:
-        if refused := self.num_refused:
+        if self._questioned and (refused := self.num_refused):
             raise ValueError(self._complaint(refused))
+
+    @contextlib.contextmanager
+    def _unquestioned(self) -> Iterator[None]:
+        """Have properties computed without waiting for whether rows were refused; `_read` asks that then."""
+        self._questioned = False
+        try:
+            yield
+        finally:
+            self._questioned = True
+
+    def _read(self, numbers: Iterable[torch.Tensor]) -> list[float]:
+        """Copy numbers [] to the host, together with whether rows were refused: a GPU is waited for once."""
+        *values, refused = torch.stack([number.double() for number in (*numbers, self._refused)]).tolist()
+        self._none_refused = self._defers and not refused
+        self._raise_refused()
+        return values
 
     def _complaint(self, refused: int, whose: str = "") -> str:
         return (

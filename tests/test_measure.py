@@ -442,8 +442,8 @@ def test_means_that_nearly_coincide_certify_nothing_beyond_half_their_distance(a
     noise = 0.1 * torch.randn(30, 1, p, generator=generator, dtype=torch.float64)
     features = (means + noise - noise.mean(0)).reshape(-1, p)  # the same deviations in every class
     stats = ncfast.ClassStatistics(3, p).update(features, labels)
-    _, distances = collapse_and_distances(stats)
-    decisions = _Decisions(means, None, stats.means, distances)
+    _, present, distances = collapse_and_distances(stats)
+    decisions = _Decisions(means, None, stats.means, present, distances)
     true = (stats.means[:, None] - stats.means).norm(dim=2) + torch.diag(torch.full((3,), torch.inf))
     certified = torch.stack(decisions.limits).amin(0)
     assert (certified <= 0.5 * true.amin(1)).all()

@@ -100,21 +100,16 @@ def test_what_waits_raises(call):
         call(torch.ones(3, device="meta"))
 
 
-MEASURE_WAITS = [  # in order, and why
-    "num_refused: _local_scalar_dense",  # rows that were refused are named first
-    "collapse_and_distances: nonzero",  # the classes present: the shape of all that follows
-    "_nc1: _local_scalar_dense",  # whether the Gram matrix is too ill-conditioned to solve with
-    "collapse_and_distances: tolist",  # the numbers of NC1–NC3; everything launched so far has finished
-    "_check_finite: _local_scalar_dense",  # weight and bias, whose check was put off to here
-    "_check_finite: _local_scalar_dense",
-    "num_samples: _local_scalar_dense",
-    "num_skipped: _local_scalar_dense",
+# In order: the numbers of NC1–NC3; the rows without a certificate, to compact them; the numbers of NC4.
+NUMBERS, COMPACTION, DECISIONS = "_read: tolist", "certify: nonzero", "of: tolist"
+# Not until the numbers are read is it known that a class is absent, or the means so ill-conditioned that NC1
+# needs an eigenproblem: what that changes is measured again.
+ABSENT = ["collapse_and_distances: index", NUMBERS]
+EIGENPROBLEM = [
+    "_nc1_by_eigenvalues: index",
+    "_nc1_by_eigenvalues: index",
+    "collapse_and_distances: _local_scalar_dense",
 ]
-DECISION_WAITS = ["certify: nonzero", "of: tolist"]  # the rows without a certificate; the numbers of NC4
-TEST_WAITS = [
-    "count_new: _local_scalar_dense",
-    *DECISION_WAITS,
-]  # test rows, a chunk at a time: any to refuse?
 
 
 @pytest.fixture
@@ -150,7 +145,7 @@ def test_measure_waits_for_its_numbers_only(spread):
     given = (*collapsing(spread), torch.randn(3, 6), torch.randn(3))
     with ncfast.use_backend("triton"), onlooker.onlooking() as waits, dispatch.record() as ran:
         report = ncfast.measure(*onlooker.on_device(given))
-    assert waits == MEASURE_WAITS + DECISION_WAITS
+    assert waits == [NUMBERS, COMPACTION, DECISIONS]
     assert {"class_scatter", "pair_geometry"} <= {operation for operation, _ in ran}
     oracle.assert_reports_agree(report, ncfast.measure(*given), oracle.HIGH, 1e-12)
 
@@ -162,9 +157,24 @@ def test_measure_with_test_data_and_an_absent_class():
     held_out = collapsing(0.5, seed=1)
     with ncfast.use_backend("triton"), onlooker.onlooking() as waits:
         report = ncfast.measure(*onlooker.on_device(given), test=onlooker.on_device(held_out))
-    which = "__init__: nonzero"  # classes are present: for the rules of either set
-    assert waits == [*MEASURE_WAITS, which, *DECISION_WAITS, which, *TEST_WAITS]
+    assert waits == [NUMBERS, *ABSENT, *2 * [COMPACTION, DECISIONS]]
     oracle.assert_reports_agree(report, ncfast.measure(*given, test=held_out), oracle.HIGH, 1e-12)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(("C", "p"), [(4, 6), (6, 3)])  # the Gram matrix of the means, Σ_B
+@pytest.mark.parametrize("flat", [False, True])  # whether the means are nearly on a line
+def test_collapse_waits_once_unless_ill_conditioned(C, p, flat):
+    features, labels = oracle.clustered(C, p, 40, 0.1)
+    features[:, 1:] *= 1e-6 if flat else 1.0
+    stats = ncfast.ClassStatistics(C, p).update(features, labels)
+    given = onlooker.on_device(vars(stats))
+    on_device = ncfast.ClassStatistics(C, p, device=onlooker.DEVICE)
+    vars(on_device).update(given)
+    with ncfast.use_backend("triton"), onlooker.onlooking() as waits:
+        report = ncfast.collapse(on_device)
+    assert waits == [NUMBERS, *(EIGENPROBLEM if flat else [])]
+    oracle.assert_reports_agree(report, ncfast.collapse(stats), oracle.HIGH, 1e-12)
 
 
 @pytest.mark.usefixtures("on_a_gpu")
