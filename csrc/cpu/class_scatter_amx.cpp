@@ -54,35 +54,6 @@ void add_to(double* sums, __m512 values, __mmask16 mask) {
   _mm512_mask_storeu_pd(sums + 8, high, _mm512_add_pd(_mm512_maskz_loadu_pd(high, sums + 8), second));
 }
 
-// Stores the transpose of 16 x 16 words: pairs, then quadruples of lines are interleaved within the 128-bit
-// lanes, then the lanes are exchanged.
-void store_transposed(const __m512i line[kSide], char* out) {
-  __m512i pairs[kSide], lanes[kSide];
-  for (int i = 0; i < 16; i += 4) {
-    pairs[i] = _mm512_unpacklo_epi32(line[i], line[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_epi32(line[i], line[i + 1]);
-    pairs[i + 2] = _mm512_unpacklo_epi32(line[i + 2], line[i + 3]);
-    pairs[i + 3] = _mm512_unpackhi_epi32(line[i + 2], line[i + 3]);
-  }
-  // lanes[4 m + n]: lane l holds column 4 l + n of lines 4 m to 4 m + 3.
-  for (int i = 0; i < 16; i += 4) {
-    lanes[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-    lanes[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-    lanes[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-    lanes[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-  }
-  for (int n = 0; n < 4; n++) {
-    const __m512i even_low = _mm512_shuffle_i32x4(lanes[n], lanes[4 + n], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(lanes[n], lanes[4 + n], 0xdd);
-    const __m512i even_high = _mm512_shuffle_i32x4(lanes[8 + n], lanes[12 + n], 0x88);
-    const __m512i odd_high = _mm512_shuffle_i32x4(lanes[8 + n], lanes[12 + n], 0xdd);
-    _mm512_store_si512(out + n * 64, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
-    _mm512_store_si512(out + (4 + n) * 64, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
-    _mm512_store_si512(out + (8 + n) * 64, _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
-    _mm512_store_si512(out + (12 + n) * 64, _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
-  }
-}
-
 // Fetches the rows of the following group into the second-level cache, one whole row after the other: pages
 // and the processor's own prefetchers prefer that to a line of each row in turn. Long rows are better left to
 // those alone: they need no fill buffer of the first-level cache. The pack stage needs as much time for

@@ -5,6 +5,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <tuple>
 #include <vector>
 
 #include "cpu/memory.h"
@@ -274,15 +275,16 @@ namespace {
 // Blocks of rows scaled to norm 1, for a PairScreen.
 class ScreenBlocks {
  public:
-  ScreenBlocks(const PairScreen& screen, bool left, const double* vectors, const double* norms, int64_t rows,
-               int64_t p, int threads, const int64_t* chosen = nullptr)
-      : block_(screen.block(p)), data_(allocate<char>(round_up(rows, kSide) / kSide * block_)) {
-    const auto pack = left ? screen.pack_left : screen.pack_right;
-    std::vector<Packed> packed(round_up(rows, kSide));
-    parallel_for(threads, round_up(rows, kSide) / kSide, [&](int64_t block, int) {
+  // Right blocks.
+  ScreenBlocks(const PairScreen& screen, const double* vectors, const double* norms, int64_t rows, int64_t p,
+               int threads)
+      : ScreenBlocks(screen, rows, p) {
+    std::vector<Packed> packed(rows);
+    parallel_for(threads, blocks_, [&](int64_t block, int) {
       for (int64_t r = block * kSide; r < (block + 1) * kSide; r++) {
-        const int64_t row = r < rows ? (chosen ? chosen[r] : r) : 0;
-        packed[r] = pack(vectors + row * p, r < rows ? 1 / norms[row] : 0, p, r % kSide, at(r));
+        const Packed row =
+            screen.pack(vectors + (r < rows ? r : 0) * p, r < rows ? 1 / norms[r] : 0, p, at(r));
+        if (r < rows) packed[r] = row;
       }
     });
     for (const Packed& row : packed) {  // a NaN is passed over: the products of that row are NaN, too
@@ -291,11 +293,34 @@ class ScreenBlocks {
     }
   }
 
-  char* at(int64_t row) const { return data_.get() + row / kSide * block_; }
+  // Left blocks of the rows in right ones, or of those `chosen`.
+  ScreenBlocks(const ScreenBlocks& right, const int64_t* chosen, int64_t rows, int threads)
+      : ScreenBlocks(right.screen_, rows, right.p_) {
+    most_ = right.most_;
+    parallel_for(threads, blocks_, [&](int64_t block, int) {
+      const char* row[kSide];
+      for (int r = 0; r < kSide; r++) {
+        const int64_t own = std::min(block * kSide + r, rows - 1);
+        row[r] = right.at(chosen ? chosen[own] : own);
+      }
+      screen_.transpose(row, p_, at(block * kSide));
+    });
+  }
+
+  char* at(int64_t row) const { return data_.get() + row / kSide * block_ + screen_.offset(p_, row % kSide); }
   Packed most() const { return most_; }
 
  private:
-  const size_t block_;
+  ScreenBlocks(const PairScreen& screen, int64_t rows, int64_t p)
+      : screen_(screen),
+        p_(p),
+        blocks_((rows + kSide - 1) / kSide),
+        block_(screen.offset(p, kSide)),
+        data_(allocate<char>(blocks_ * block_)) {}
+
+  const PairScreen& screen_;
+  const int64_t p_, blocks_;
+  const int64_t block_;
   const Memory<char> data_;
   Packed most_ = {0, 0};
 };
@@ -359,10 +384,15 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
         tiles_of(I, J, gram, scores);
         body.reduce_radius(rows, I, J, gram, centres ? gram : scores, &search);
       }
-      const int64_t open =
-          std::count_if(search.waiting, search.waiting + search.count,
-                        [&](const Candidate& wall) { return !(wall.least > search.most[wall.i % kSide]); });
-      if ((left[block] = impatient && open > kPatience)) return;
+      Candidate* end = std::remove_if(search.waiting, search.waiting + search.count, [&](const auto& wall) {
+        return wall.least > search.most[wall.i % kSide];
+      });
+      search.count = end - search.waiting;
+      if ((left[block] = impatient && search.count > kPatience)) return;
+      // Each anchor's likely nearest first: what it leaves of the others need not be evaluated.
+      std::sort(search.waiting, end, [](const Candidate& one, const Candidate& other) {
+        return std::tie(one.i, one.least) < std::tie(other.i, other.least);
+      });
       body.settle_radius(rows, &search);
     });
     std::vector<int64_t> rest;
@@ -376,22 +406,21 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
   for (int level = 0; level < kScreenLevels && !todo.empty(); level++) {
     const PairScreen* screen = screen_of(isa, level);
     if (!screen) break;
-    const ScreenBlocks weight(*screen, false, call.weight, norms.data(), C, p, threads);
-    const ScreenBlocks own_weight(*screen, true, call.weight, norms.data(), A, p, threads, call.classes);
+    const ScreenBlocks weight(*screen, call.weight, norms.data(), C, p, threads);
+    const ScreenBlocks own_weight(weight, call.classes, A, threads);
     std::unique_ptr<ScreenBlocks> anchors;
-    if (!centres)
-      anchors =
-          std::make_unique<ScreenBlocks>(*screen, true, call.anchors, anchor_norms.data(), A, p, threads);
+    if (!centres) {
+      const ScreenBlocks right(*screen, call.anchors, anchor_norms.data(), A, p, threads);
+      anchors = std::make_unique<ScreenBlocks>(right, nullptr, A, threads);
+    }
     // <u, v> - <u^, v^> = <u - u^, v> + <u^, v - v^>, what level 1 leaves out of <u^, v^>, and its rounding.
     const auto unit = [&](const Packed& u, const Packed& v) {
       return u.lost + (1 + u.lost) * (v.lost + (1 + v.lost) * screen->depth(p) * 0x1p-24) + u.low * v.low;
     };
     rows.unit = unit(own_weight.most(), weight.most()) + 0x1p-40;
     if (anchors) rows.unit = std::max(rows.unit, unit(anchors->most(), weight.most()) + 0x1p-40);
-    const auto products = [&](const ScreenBlocks& left, const double* left_norms, const int64_t* chosen,
-                              int64_t I, int64_t J, double* tile) {
-      alignas(64) float cosines[kSide * kSide];
-      screen->products(left.at(I), weight.at(J), p, cosines);
+    const auto unscreened = [&](const float* cosines, const double* left_norms, const int64_t* chosen,
+                                int64_t I, int64_t J, double* tile) {
       double scale[kSide] = {};
       for (int i = 0; i < kSide && I + i < A; i++) scale[i] = left_norms[chosen ? chosen[I + i] : I + i];
       for (int j = 0; j < kSide; j++) {
@@ -400,8 +429,11 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
       }
     };
     todo = sweep(todo, true, [&](int64_t I, int64_t J, double* gram, double* scores) {
-      products(own_weight, norms.data(), call.classes, I, J, gram);
-      if (!centres) products(*anchors, anchor_norms.data(), nullptr, I, J, scores);
+      alignas(64) float cosines[2][kSide * kSide];
+      screen->products(own_weight.at(I), anchors ? anchors->at(I) : nullptr, weight.at(J), p, cosines[0],
+                       cosines[1]);
+      unscreened(cosines[0], norms.data(), call.classes, I, J, gram);
+      if (anchors) unscreened(cosines[1], anchor_norms.data(), nullptr, I, J, scores);
     });
   }
   if (todo.empty()) return;

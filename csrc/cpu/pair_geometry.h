@@ -141,14 +141,15 @@ struct Packed {
 };
 
 // Low-precision tiles of products of rows scaled to norm 1. A left and a right block of kSide rows differ in
-// layout.
+// layout, and are as large.
 struct PairScreen {
-  size_t (*block)(int64_t p);  // bytes
-  // Packs a row times `scale` as row r of a block.
-  Packed (*pack_left)(const double* row, double scale, int64_t p, int r, char* block);
-  Packed (*pack_right)(const double* row, double scale, int64_t p, int r, char* block);
+  int64_t (*offset)(int64_t p, int r);  // in bytes, of row r in a right block; of row kSide: its size
+  Packed (*pack)(const double* row, double scale, int64_t p, char* out);  // a row times `scale`
+  void (*transpose)(const char* const rows[kSide], int64_t p, char* left);
   double (*depth)(int64_t p);  // of float32 additions that a product may pass through
-  void (*products)(const char* left, const char* right, int64_t p, float* tile);
+  // tile[j][i]; of one left block, or of two, the other being null or not.
+  void (*products)(const char* left, const char* other, const char* right, int64_t p, float* tile,
+                   float* other_tile);
 };
 
 const PairBody* pair_body_portable();
