@@ -138,8 +138,8 @@ def _nc4(rule_and_means, features, labels, radii, gap):
     means = rule_and_means[2]
     # measure() has the distances from NC2; alone, this is the cheapest way to them.
     distances = 2 * ncfast.decision_radius(means, -0.5 * means.square().sum(1), means)
-    decisions = importlib.import_module("ncfast.measure")._Decisions(*rule_and_means, torch.arange(C), distances)
-    return decisions.count(features, labels, radii, gap)
+    decisions = importlib.import_module("ncfast.measure")._Decisions
+    return decisions(*rule_and_means, torch.arange(C), distances).count(features, labels, radii, gap)
 
 
 def main():

@@ -153,7 +153,7 @@ double etf_error(Address left, Address right, int64_t C, int64_t p, int threads)
 }
 
 void decision_radius(Address weight, Address bias, int64_t C, int64_t p, Address anchors, Address classes,
-                     int64_t A, Address radii, int threads) {
+                     int64_t A, Address radii, bool bound, int threads) {
   const ncfast::DecisionRadius call = {C,
                                        p,
                                        A,
@@ -164,7 +164,7 @@ void decision_radius(Address weight, Address bias, int64_t C, int64_t p, Address
                                        at<double>(radii)};
   const ncfast::Isa isa = selected("pair_geometry");
   py::gil_scoped_release release;
-  ncfast::decision_radius(call, isa, threads, Interruptible());
+  (bound ? ncfast::decision_bound : ncfast::decision_radius)(call, isa, threads, Interruptible());
 }
 
 }  // namespace
@@ -201,5 +201,5 @@ PYBIND11_MODULE(_cpu, m) {
         "nearest_distance"_a, "nearest_index"_a, "threads"_a);
   m.def("etf_error", &etf_error, "left"_a, "right"_a, "C"_a, "p"_a, "threads"_a);
   m.def("decision_radius", &decision_radius, "weight"_a, "bias"_a, "C"_a, "p"_a, "anchors"_a, "classes"_a,
-        "A"_a, "radii"_a, "threads"_a);
+        "A"_a, "radii"_a, "bound"_a, "threads"_a);
 }

@@ -120,8 +120,14 @@ void pairs(int64_t C, int64_t p, ncfast::Isa isa) {
   ncfast::etf_error({C, p, rows.data(), rows.data()}, isa, 3, [] {});
   ncfast::etf_error({C, p, rows.data(), other.data()}, isa, 3, [] {});
   for (const int64_t A : {int64_t{0}, C / 2, C}) {
-    ncfast::decision_radius(
-        {C, p, A, rows.data(), variances.data(), other.data(), classes.data(), radii.data()}, isa, 3, [] {});
+    const ncfast::DecisionRadius call = {
+        C, p, A, rows.data(), variances.data(), other.data(), classes.data(), radii.data()};
+    ncfast::decision_radius(call, isa, 3, [] {});
+    const std::vector<double> exact(radii);
+    ncfast::decision_bound(call, isa, 3, [] {});
+    for (int64_t i = 0; i < A; i++) {
+      if (radii[i] > exact[i]) fail("a bound above its radius", isa);
+    }
   }
 }
 

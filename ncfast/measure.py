@@ -26,7 +26,7 @@ from ncfast.ops.class_scatter import (
     rows_from,
     shift_dtype,
 )
-from ncfast.ops.pair_geometry import decision_radius
+from ncfast.ops.pair_geometry import decision_radius, radius_bound
 from ncfast.statistics import ClassStatistics
 
 Array = torch.Tensor | np.ndarray
@@ -288,6 +288,9 @@ class _Decisions:
     no scores are needed. Its distance is bounded from what the one pass returned, ‖h − μ_a‖ ≤ ‖h − k_a‖ +
     ‖k_a − μ_a‖, each rounded up, and ρ_a is rounded down, so that a certified sample is one that exact
     arithmetic would decide the same way.
+
+    Where a bound of ρ_a from below is cheaper, that is tried first: it decides every sample once training has
+    collapsed.
     """
 
     def __init__(
@@ -303,17 +306,28 @@ class _Decisions:
         self.weight, self.means, self.nearest_center, self.present = weight, means, nearest_center, present
         self.bias = weight.new_zeros(len(weight)) if bias is None else bias
         self.anchors = means if len(present) == len(means) else means[present]
-        nothing = means.new_full((len(means),), -torch.inf)  # is what an absent class certifies
-        self.limits = [nothing]
+        self.distances = distances
+        self.limits = [means.new_full((len(means),), -torch.inf)]
+        """[C] for each rule: a sample nearer to its class's mean than that is decided for its class."""
+        self.bounded = False
+        """Whether they come from lower bounds of the radii, which do as long as every sample is decided."""
         if certificates:
-            radii = [decision_radius(weight, self.bias, self.anchors, present)]
-            if nearest_center:
-                radii.append(0.5 * distances)
-            norms = self.anchors.norm(dim=1)
-            # The distances are of means less μ_G, which is no larger than the largest of them.
-            unit, reach = (means.shape[1] + 4) * 2.0**-52, norms + norms.max()
-            lower = [own.where(own.isinf(), own - unit * (reach + own.abs())) for own in radii]
-            self.limits = [nothing.index_copy(0, present, own) for own in lower]
+            bound = radius_bound(weight, self.bias, self.anchors, present)
+            self.bounded = bound is not None
+            self._limit(self._radius() if bound is None else bound)
+
+    def _radius(self) -> torch.Tensor:
+        return decision_radius(self.weight, self.bias, self.anchors, self.present)
+
+    def _limit(self, radius: torch.Tensor) -> None:
+        """Set the limits from the classifier's radii [C present], or lower bounds of them."""
+        radii = [radius, 0.5 * self.distances] if self.nearest_center else [radius]
+        norms = self.anchors.norm(dim=1)
+        # The distances are of means less μ_G, which is no larger than the largest of them.
+        unit, reach = (self.means.shape[1] + 4) * 2.0**-52, norms + norms.max()
+        lower = [own.where(own.isinf(), own - unit * (reach + own.abs())) for own in radii]
+        nothing = self.means.new_full((len(self.means),), -torch.inf)  # is what an absent class certifies
+        self.limits = [nothing.index_copy(0, self.present, own) for own in lower]
 
     @functools.cached_property
     def rules(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -335,14 +349,13 @@ class _Decisions:
         """
         p = features.shape[1]
         # p float32 squares were added, of differences rounded once; squares below 2⁻¹⁴⁹ were lost.
-        total, _, rows = certify(
-            radii,
-            labels,
-            gap * (1 + (p + 8) * 2.0**-52),
-            self.limits,
-            scale=1 + (p + 8) * 2.0**-24,
-            offset=p**0.5 * 2.0**-62,
-        )
+        samples = radii, labels, gap * (1 + (p + 8) * 2.0**-52)
+        rounding = {"scale": 1 + (p + 8) * 2.0**-24, "offset": p**0.5 * 2.0**-62}
+        total, _, rows = certify(*samples, self.limits, **rounding)
+        if self.bounded and len(rows):
+            self.bounded = False
+            self._limit(self._radius())
+            total, _, rows = certify(*samples, self.limits, **rounding)
         correct, disagreeing = total - len(rows), torch.zeros_like(total)
         everyone = len(rows) == len(features)
         parts = [rows] if everyone else rows.split(max(1, _GATHERED // p))

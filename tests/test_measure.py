@@ -1,5 +1,9 @@
 """measure() and measure_model(): the one-call entry points."""
 
+import dataclasses
+import importlib
+
+import backends
 import numpy as np
 import pytest
 import torch
@@ -445,6 +449,33 @@ def test_means_that_nearly_coincide_certify_nothing_beyond_half_their_distance(a
     _, present, distances = collapse_and_distances(stats)
     decisions = _Decisions(means, None, stats.means, present, distances)
     true = (stats.means[:, None] - stats.means).norm(dim=2) + torch.diag(torch.full((3,), torch.inf))
-    certified = torch.stack(decisions.limits).amin(0)
-    assert (certified <= 0.5 * true.amin(1)).all()
-    assert certified[2] > 0.1
+    for _ in range(2):
+        certified = torch.stack(decisions.limits).amin(0)
+        assert (certified <= 0.5 * true.amin(1)).all()
+        assert certified[2] > 0.1
+        decisions._limit(decisions._radius())
+
+
+@pytest.mark.parametrize(("spread", "exact"), [(1e-2, 0), (0.5, 1)])
+def test_bounds_of_the_radii_decide_what_has_collapsed(spread, exact, monkeypatch):
+    """Where all walls are equally near, the radii themselves are asked for only if a sample is left open."""
+    if "cpu" not in backends.available("pair_geometry"):
+        pytest.skip("only the C++ backend has them")
+    C, p = 60, 96
+    means = 10 * ncfast.simplex_etf(C, p)
+    features, labels = means.repeat(20, 1), torch.arange(C).repeat(20)
+    features = features + spread * torch.randn(features.shape)
+    module, calls = importlib.import_module("ncfast.measure"), []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return ncfast.decision_radius(*arguments)
+
+    monkeypatch.setattr(module, "decision_radius", counted)
+    sure = ncfast.measure(features, labels, means)
+    assert len(calls) == exact
+    assert sure.certified_share > 0.9
+    monkeypatch.setattr(module, "radius_bound", lambda *_: None)
+    assert ncfast.measure(features, labels, means) == sure
+    scored = ncfast.measure(features, labels, means, certificates=False)
+    assert dataclasses.replace(sure, certified_share=0.0) == scored

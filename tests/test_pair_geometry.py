@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ncfast
-from ncfast.ops.pair_geometry import etf_error
+from ncfast.ops.pair_geometry import etf_error, radius_bound
 
 import oracle
 from oracle import EPS
@@ -281,6 +281,52 @@ def test_decision_radius_near_collapse(backend, spread):
             truth = ncfast.decision_radius(*rule, points)
         bound = 2 * (p + 4) * 2.0**-52 * (points.norm(dim=1) + truth.abs())
         assert ((radii - truth).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "offset", "clusters", "twins", "scales", "huge"])
+@pytest.mark.parametrize(("C", "p"), SHAPES)
+def test_radius_bound(backend, kind, C, p):
+    """Below every radius, and no lower than what it is made of says, but for the rounding of the products."""
+    weight = rows_of(kind, C, p)
+    bias = torch.randn(C, dtype=torch.float64) * weight.square().mean()
+    anchors = weight + 0.1 * weight.abs().mean() * torch.randn(C, p, dtype=torch.float64)
+    classes = torch.arange(C).flip(0)[: C // 2]
+    for arguments in [
+        (weight, -0.5 * weight.square().sum(1), weight, torch.arange(C)),
+        (weight, bias, anchors, torch.arange(C)),
+        (weight, bias, anchors[classes], classes),
+    ]:
+        with backends.forced("pair_geometry", backend):
+            bound = radius_bound(*arguments)
+        if bound is None:
+            assert not backend.startswith("cpu")
+            return
+        radii = ncfast.decision_radius(*arguments)
+        assert ((bound == -torch.inf) | (bound > 0)).all()
+        assert (bound <= radii).all()
+        rows, offsets, points, of = arguments
+        scores, norms = points @ rows.T + offsets, rows.norm(dim=1)
+        lead = scores.gather(1, of[:, None]) - scores
+        loose = lead / (norms[of][:, None] + norms)
+        loose[torch.arange(len(of)), of] = torch.inf
+        rounding = 0.01 * points.norm(dim=1) + 1e-9 * offsets.abs().max() / norms[norms > 0].min()
+        expected = loose.min(1).values - rounding
+        assert (bound >= expected)[expected > 0].all()
+
+
+@pytest.mark.parametrize("p", [1, 40, 700])
+def test_radius_bound_of_opposite_rows(backend, p):
+    """Two opposite rows are as far apart as their norms say: nothing but the rounding is between the two."""
+    for _ in range(50):
+        row, anchors = torch.randn(p, dtype=torch.float64), torch.randn(2, p, dtype=torch.float64)
+        rule = torch.stack([row, -row]), torch.zeros(2), anchors, (anchors @ row < 0).long()
+        with backends.forced("pair_geometry", backend):
+            bound = radius_bound(*rule)
+        if bound is None:
+            return
+        radii = ncfast.decision_radius(*rule)
+        assert (bound <= radii).all()
+        assert (bound >= radii - 0.01 * anchors.norm(dim=1))[radii > 0.01 * anchors.norm(dim=1)].all()
 
 
 def test_decision_radius_of_an_anchor_that_is_not_there(backend):

@@ -308,7 +308,14 @@ class ScreenBlocks {
   }
 
   char* at(int64_t row) const { return data_.get() + row / kSide * block_ + screen_.offset(p_, row % kSide); }
-  Packed most() const { return most_; }
+
+  // Bounds the error of a product with a row of `right`, both of norm 1: <u, v> - <u^, v^> = <u - u^, v> +
+  // <u^, v - v^>, what level 1 leaves out of <u^, v^>, and its rounding.
+  double unit(const ScreenBlocks& right) const {
+    const Packed &u = most_, &v = right.most_;
+    const double rounding = screen_.depth(p_) * 0x1p-24;
+    return u.lost + (1 + u.lost) * (v.lost + (1 + v.lost) * rounding) + u.low * v.low + 0x1p-40;
+  }
 
  private:
   ScreenBlocks(const PairScreen& screen, int64_t rows, int64_t p)
@@ -324,6 +331,60 @@ class ScreenBlocks {
   const Memory<char> data_;
   Packed most_ = {0, 0};
 };
+
+// The numbers of rows and anchors behind a RadiusRows.
+class RadiusNumbers {
+ public:
+  RadiusNumbers(const DecisionRadius& call, const PairBody& body, bool centres, int threads)
+      : call_(call),
+        squares_(squares_of(body, call.weight, call.C, call.p, threads)),
+        norms_(norms_of(squares_)),
+        anchor_norms_(centres ? norms_ : norms_of(squares_of(body, call.anchors, call.A, call.p, threads))),
+        own_(anchor_norms_.size()),
+        own_square_(own_),
+        own_norm_(own_),
+        own_norms_(own_) {
+    parallel_for(threads, call.A, [&](int64_t i, int) {
+      const int64_t a = call.classes[i], p = call.p;
+      own_[i] = body.dot(call.weight + a * p, call.anchors + i * p, p) + call.bias[a];
+      own_square_[i] = squares_[a];
+      own_norm_[i] = norms_[a];
+      own_norms_[i] = norms_[a] * anchor_norms_[i];
+    });
+  }
+
+  // But for `unit`.
+  RadiusRows rows() const {
+    return {call_,
+            squares_.data(),
+            norms_.data(),
+            own_.data(),
+            own_square_.data(),
+            own_norm_.data(),
+            anchor_norms_.data(),
+            own_norms_.data(),
+            0};
+  }
+
+ private:
+  static std::vector<double> norms_of(std::vector<double> squares) {
+    constexpr double kTiny = 0x1p-900;  // squares that may have underflowed
+    for (double& square : squares) square = std::sqrt(std::max(square, kTiny));
+    return squares;
+  }
+
+  const DecisionRadius call_;
+  const std::vector<double> squares_, norms_, anchor_norms_;
+  std::vector<double> own_, own_square_, own_norm_, own_norms_;
+};
+
+// Products of rows from those of the same rows scaled to norm 1.
+void unscale(const float* cosines, const double* left_norms, const double* right_norms, double* tile) {
+  for (int j = 0; j < kSide; j++) {
+    for (int i = 0; i < kSide; i++)
+      tile[j * kSide + i] = cosines[j * kSide + i] * (left_norms[i] * right_norms[j]);
+  }
+}
 
 // Who may wait per task: more are settled at once, or, where there is a more precise way, left to that.
 constexpr int64_t kRadiusRoom = 4 * kSide * kSide;
@@ -341,29 +402,8 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
       call.anchors == call.weight && A == C;  // the nearest-class-centre rule about its own centres
   for (int64_t i = 0; i < A && centres; i++) centres = call.classes[i] == i;
   threads = threads_for(threads, (centres ? 1.0 : 2.0) * A * C * p);
-  constexpr double kTiny = 0x1p-900;  // squares that may have underflowed
-  const auto norms_of = [&](std::vector<double> squares) {
-    for (double& square : squares) square = std::sqrt(std::max(square, kTiny));
-    return squares;
-  };
-  const std::vector<double> squares = squares_of(body, call.weight, C, p, threads), norms = norms_of(squares);
-  const std::vector<double> anchor_norms =
-      centres ? norms : norms_of(squares_of(body, call.anchors, A, p, threads));
-  std::vector<double> own(anchor_norms.size()), own_square(own), own_norms(own);
-  parallel_for(threads, A, [&](int64_t i, int) {
-    const int64_t a = call.classes[i];
-    own[i] = body.dot(call.weight + a * p, call.anchors + i * p, p) + call.bias[a];
-    own_square[i] = squares[a];
-    own_norms[i] = norms[a] * anchor_norms[i];
-  });
-  RadiusRows rows = {call,
-                     squares.data(),
-                     norms.data(),
-                     own.data(),
-                     own_square.data(),
-                     anchor_norms.data(),
-                     own_norms.data(),
-                     0};
+  const RadiusNumbers numbers(call, body, centres, threads);
+  RadiusRows rows = numbers.rows();
   std::vector<Candidate> waiting(threads * kRadiusRoom);
   const Memory<double> tiles = allocate<double>(int64_t{threads} * 2 * kSide * kSide);
   // Decides the blocks in `todo`; if `impatient` hands those back of which too many walls would be
@@ -406,34 +446,21 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
   for (int level = 0; level < kScreenLevels && !todo.empty(); level++) {
     const PairScreen* screen = screen_of(isa, level);
     if (!screen) break;
-    const ScreenBlocks weight(*screen, call.weight, norms.data(), C, p, threads);
+    const ScreenBlocks weight(*screen, call.weight, rows.norms, C, p, threads);
     const ScreenBlocks own_weight(weight, call.classes, A, threads);
     std::unique_ptr<ScreenBlocks> anchors;
     if (!centres) {
-      const ScreenBlocks right(*screen, call.anchors, anchor_norms.data(), A, p, threads);
+      const ScreenBlocks right(*screen, call.anchors, rows.anchor_norm, A, p, threads);
       anchors = std::make_unique<ScreenBlocks>(right, nullptr, A, threads);
     }
-    // <u, v> - <u^, v^> = <u - u^, v> + <u^, v - v^>, what level 1 leaves out of <u^, v^>, and its rounding.
-    const auto unit = [&](const Packed& u, const Packed& v) {
-      return u.lost + (1 + u.lost) * (v.lost + (1 + v.lost) * screen->depth(p) * 0x1p-24) + u.low * v.low;
-    };
-    rows.unit = unit(own_weight.most(), weight.most()) + 0x1p-40;
-    if (anchors) rows.unit = std::max(rows.unit, unit(anchors->most(), weight.most()) + 0x1p-40);
-    const auto unscreened = [&](const float* cosines, const double* left_norms, const int64_t* chosen,
-                                int64_t I, int64_t J, double* tile) {
-      double scale[kSide] = {};
-      for (int i = 0; i < kSide && I + i < A; i++) scale[i] = left_norms[chosen ? chosen[I + i] : I + i];
-      for (int j = 0; j < kSide; j++) {
-        const double norm = norms[J + j];
-        for (int i = 0; i < kSide; i++) tile[j * kSide + i] = cosines[j * kSide + i] * (scale[i] * norm);
-      }
-    };
+    rows.unit = own_weight.unit(weight);
+    if (anchors) rows.unit = std::max(rows.unit, anchors->unit(weight));
     todo = sweep(todo, true, [&](int64_t I, int64_t J, double* gram, double* scores) {
       alignas(64) float cosines[2][kSide * kSide];
       screen->products(own_weight.at(I), anchors ? anchors->at(I) : nullptr, weight.at(J), p, cosines[0],
                        cosines[1]);
-      unscreened(cosines[0], norms.data(), call.classes, I, J, gram);
-      if (anchors) unscreened(cosines[1], anchor_norms.data(), nullptr, I, J, scores);
+      unscale(cosines[0], rows.own_norm + I, rows.norms + J, gram);
+      if (anchors) unscale(cosines[1], rows.anchor_norm + I, rows.norms + J, scores);
     });
   }
   if (todo.empty()) return;
@@ -448,6 +475,46 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
     body.products((centres ? weight : *own_weight).from(I), weight.from(J), p, gram);
     if (!centres) body.products(anchors->from(I), weight.from(J), p, scores);
   });
+}
+
+void decision_bound(const DecisionRadius& call, Isa isa, int threads, const std::function<void()>& poll) {
+  const PairBody& body = body_of(isa);
+  const int64_t C = call.C, p = call.p, A = call.A, blocks = (A + kSide - 1) / kSide;
+  threads = threads_for(threads, 1.0 * A * C * p);
+  const RadiusNumbers numbers(call, body, false, threads);
+  RadiusRows rows = numbers.rows();
+  const double down = 1 - 4 * (static_cast<double>(p) + 8) * 0x1p-53;  // the rounding of the norms
+  const auto sweep = [&](const std::function<void(int64_t I, int64_t J, double* scores)>& scores_of) {
+    run_tasks(threads, blocks, poll, [&](int64_t block, int) {
+      alignas(64) double scores[kSide * kSide], least[kSide];
+      const int64_t I = block * kSide;
+      std::fill_n(least, kSide, kInfinity);
+      for (int64_t J = 0; J < C; J += kSide) {
+        scores_of(I, J, scores);
+        body.reduce_bound(rows, I, J, scores, least);
+      }
+      for (int64_t i = 0; i < kSide && I + i < A; i++) {
+        call.radii[I + i] = least[i] > 0 ? least[i] * down : -kInfinity;
+      }
+    });
+  };
+  if (const PairScreen* screen = screen_of(isa, 0)) {
+    const ScreenBlocks weight(*screen, call.weight, rows.norms, C, p, threads);
+    const ScreenBlocks right(*screen, call.anchors, rows.anchor_norm, A, p, threads);
+    const ScreenBlocks anchors(right, nullptr, A, threads);
+    rows.unit = anchors.unit(weight);
+    sweep([&](int64_t I, int64_t J, double* scores) {
+      alignas(64) float cosines[kSide * kSide];
+      screen->products(anchors.at(I), nullptr, weight.at(J), p, cosines, nullptr);
+      unscale(cosines, rows.anchor_norm + I, rows.norms + J, scores);
+    });
+  } else {
+    const Panels weight(call.weight, C, p, threads), anchors(call.anchors, A, p, threads);
+    rows.unit = 2 * (static_cast<double>(p) + 8) * 0x1p-53;
+    sweep([&](int64_t I, int64_t J, double* scores) {
+      body.products(anchors.from(I), weight.from(J), p, scores);
+    });
+  }
 }
 
 }  // namespace ncfast

@@ -52,6 +52,8 @@ struct DecisionRadius {
 void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::function<void()>& poll);
 double etf_error(const EtfError& call, Isa isa, int threads, const std::function<void()>& poll);
 void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std::function<void()>& poll);
+// Lower bounds of the same radii, from |v_a - v_c| <= |v_a| + |v_c|; -inf where that shows no positive one.
+void decision_bound(const DecisionRadius& call, Isa isa, int threads, const std::function<void()>& poll);
 
 constexpr int kSide = 48;      // rows of a tile; a multiple of every body's register tile
 constexpr int kPanelRows = 8;  // a panel is [rows / 8][p][8], padded with rows of zeros
@@ -104,8 +106,8 @@ struct RadiusRows {
   DecisionRadius call;
   const double* squares;  // [C padded to kSide] |v_c|^2
   const double* norms;    // [C padded] |v_c|, where that is tiny at least as large
-  // Of each anchor, [A padded]: <v_a, m_a> + b_a, |v_a|^2, |m_a| (as `norms`) and |v_a| |m_a|.
-  const double *own, *own_square, *anchor_norm, *own_norms;
+  // Of each anchor, [A padded]: <v_a, m_a> + b_a, |v_a|^2, |v_a| and |m_a| (as `norms`), |v_a| |m_a|.
+  const double *own, *own_square, *own_norm, *anchor_norm, *own_norms;
   double unit;  // a product <u, v> of the tiles is off by at most unit |u| |v|
 };
 
@@ -131,6 +133,8 @@ struct PairBody {
   // `gram` holds <v_{classes[i]}, v_j>, `scores` <m_i, v_j>. There must be room for kSide^2 more to wait.
   void (*reduce_radius)(const RadiusRows&, int64_t I, int64_t J, const double* gram, const double* scores,
                         RadiusSearch*);
+  // least[i] is lowered to the bounds of anchor i's distances to the walls of the tile.
+  void (*reduce_bound)(const RadiusRows&, int64_t I, int64_t J, const double* scores, double* least);
   // radii[i] is lowered to the distance of who waits, if still in question.
   void (*settle_radius)(const RadiusRows&, RadiusSearch*);
 };

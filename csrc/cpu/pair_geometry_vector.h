@@ -338,11 +338,38 @@ struct PairVectors {
     search->count = 0;
   }
 
+  // Of what is computed in float64 throughout: an anchor's own score, and sums of a few numbers.
+  static double double_error(int64_t p) { return 2 * (static_cast<double>(p) + 8) * kUnit; }
+
+  // Of own - score, `norm` being the other row's.
+  static V error_of_lead(const RadiusRows& rows, int64_t i, const V& own, const V& score, double norm) {
+    return double_error(rows.call.p) * (load(rows.own_norms + i) + magnitude(own) + magnitude(score)) +
+           rows.unit * load(rows.anchor_norm + i) * norm;
+  }
+
+  static void reduce_bound(const RadiusRows& rows, int64_t I, int64_t J, const double* scores,
+                           double* least) {
+    const DecisionRadius& call = rows.call;
+    const int count = static_cast<int>(call.A - I < kSide ? call.A - I : kSide);
+    const int columns = static_cast<int>(call.C - J < kSide ? call.C - J : kSide);
+    alignas(64) double own_column[kSide] = {};
+    for (int i = 0; i < count; i++) own_column[i] = static_cast<double>(call.classes[I + i] - J);
+    for (int j = 0; j < columns; j++) {
+      const double bias = call.bias[J + j], norm = rows.norms[J + j];
+      for (int i = 0; i < kSide; i += W) {
+        const V own = load(rows.own + I + i), score = load(scores + j * kSide + i) + bias;
+        const V low = own - score - error_of_lead(rows, I + i, own, score, norm);
+        const V bound = low > 0 ? low / (load(rows.own_norm + I + i) + norm) : V{};  // a NaN is no bound
+        const V before = load(least + i);
+        store(least + i, (load(own_column + i) != j) & (bound < before) ? bound : before);
+      }
+    }
+  }
+
   static void reduce_radius(const RadiusRows& rows, int64_t I, int64_t J, const double* gram,
                             const double* scores, RadiusSearch* search) {
     const DecisionRadius& call = rows.call;
-    // Of what is computed in float64 throughout: the leading score, and the sums below.
-    const double error = 2 * (static_cast<double>(call.p) + 8) * kUnit;
+    const double error = double_error(call.p);
     const int count = static_cast<int>(call.A - I < kSide ? call.A - I : kSide);
     const int columns = static_cast<int>(call.C - J < kSide ? call.C - J : kSide);
     for (int j = 0; j < columns; j++) {
@@ -351,8 +378,7 @@ struct PairVectors {
       M open[kVectors], some = {};
       for (int i = 0; i < kSide; i += W) {
         const V own = load(rows.own + I + i), score = load(scores + j * kSide + i) + bias;
-        const V lead_error = error * (load(rows.own_norms + I + i) + magnitude(own) + magnitude(score)) +
-                             rows.unit * load(rows.anchor_norm + I + i) * norm;
+        const V lead_error = error_of_lead(rows, I + i, own, score, norm);
         const V both = load(rows.own_square + I + i) + square;
         const V d = both - 2.0 * load(gram + j * kSide + i), d_error = (error + rows.unit) * both;
         const V low = own - score - lead_error, high = own - score + lead_error;
@@ -380,7 +406,7 @@ struct PairVectors {
   template <int A, int B>
   static const PairBody* body() {
     static const PairBody table = {dot,           products<A, B>, reduce_pairs, settle, reduce_residual,
-                                   reduce_radius, settle_radius};
+                                   reduce_radius, reduce_bound,   settle_radius};
     return &table;
   }
 };

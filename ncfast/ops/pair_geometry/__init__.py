@@ -1,5 +1,6 @@
 """pair_geometry: what all pairs of classes say, reduced on the way: no caller ever holds a C×C matrix."""
 
+import sys
 from typing import NamedTuple, cast
 
 import torch
@@ -151,6 +152,20 @@ def decision_radius(
         raise ValueError(f"classes must lie in [0, {C})")
     run = dispatch.select("pair_geometry", weight, "decision_radius")
     return run(weight.detach().double(), bias.detach().double(), anchors.detach().double(), classes)
+
+
+def radius_bound(
+    weight: torch.Tensor, bias: torch.Tensor, anchors: torch.Tensor, classes: torch.Tensor
+) -> torch.Tensor | None:
+    """[A] float64: lower bounds of `decision_radius`, or −∞, from ‖v_a − v_c‖ ≤ ‖v_a‖ + ‖v_c‖.
+
+    ρ_a/√2 for a simplex ETF. No distance is asked for, so that the cost is the same however many walls are
+    equally near, which is where training leads. None where the backend has nothing cheaper than
+    `decision_radius`.
+    """
+    exact = dispatch.select("pair_geometry", weight, "decision_radius")
+    run = getattr(sys.modules[exact.__module__], "radius_bound", None)
+    return None if run is None else run(weight.double(), bias.double(), anchors.double(), classes)
 
 
 # What torch.compile sees of the three functions. A CDNV that was not asked for is an empty tensor.

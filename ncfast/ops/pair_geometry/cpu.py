@@ -1,5 +1,7 @@
 """pair_geometry in C++ (csrc/cpu/pair_geometry.h): float64 Gram tiles, reduced in the cache."""
 
+import functools
+
 import torch
 
 from ncfast.ops.pair_geometry import PairGeometry
@@ -68,8 +70,13 @@ def decision_radius(
     bias: torch.Tensor,  # [C] float64
     anchors: torch.Tensor,  # [A, p] float64
     classes: torch.Tensor,  # [A] int64
+    *,
+    bound: bool = False,
 ) -> torch.Tensor:  # [A]
-    """Screen every pair by its Gram matrix; measure those that may be the nearest boundary."""
+    """Screen every pair by its Gram matrix; measure those that may be the nearest boundary.
+
+    With `bound` compute `ncfast.ops.pair_geometry.radius_bound` instead.
+    """
     import ncfast._cpu as _cpu
 
     same = (anchors.data_ptr(), anchors.shape, anchors.stride()) == (
@@ -89,6 +96,10 @@ def decision_radius(
         classes=classes.data_ptr(),
         A=len(classes),
         radii=radii.data_ptr(),
+        bound=bound,
         threads=torch.get_num_threads(),
     )
     return radii
+
+
+radius_bound = functools.partial(decision_radius, bound=True)
