@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kBlockBytes = 512 << 10;
 constexpr int64_t kMaxBlockRows = 256;
 constexpr int64_t kBlocksPerPoll = 256;
+constexpr double kWide = 1e37;  // what is no error bound
 
 // Where a coarse level is tried: it saves a part of every score, and costs a little more per row and a second
 // packing of the classes. It stays where it decides three of four rows of the sample.
@@ -124,14 +125,53 @@ class Scorer {
           body_.score(block, padded, panel, rule.bias.data(), rule.classes, p, level, scratch, top);
           for (int64_t i = 0; i < filled; i++) {
             const double margin = static_cast<double>(top[i].best) - top[i].second;
-            const bool decided = margin > 2 * error_bound(norms[i], rule, depth, p);
-            rules[r]->decided[row[i]] = decided;
-            rules[r]->index[row[i]] = decided ? top[i].index : 0;
+            const double error = error_bound(norms[i], rule, depth, p);
+            int64_t index = margin > 2 * error ? top[i].index : -1;
+            if (index < 0 && 2 * error < kWide) {
+              const double threshold = top[i].best - 2 * error;
+              index = among_candidates(level, *rules[r], rule, row[i], norms[i], scratch, i, threshold);
+            }
+            rules[r]->decided[row[i]] = index >= 0;
+            rules[r]->index[row[i]] = std::max<int64_t>(index, 0);
           }
         }
       });
       poll_();
     }
+  }
+
+  // The row's exact argmax by the float64 scores of the classes at the threshold or above it; -1 where these
+  // are not known, too many, or not far enough apart.
+  int64_t among_candidates(int level, const AffineRule& rule, const PackedRule& packed, int64_t row,
+                           const Norms& norms, const char* scratch, int64_t place, double threshold) const {
+    int32_t classes[kCandidates];
+    const float least =
+        std::nextafter(static_cast<float>(threshold), -std::numeric_limits<float>::infinity());
+    const int count = body_.candidates(scratch, place, least, classes);
+    // More would cost as much as the row's next level; beyond the last one that is float64 as well.
+    const int64_t most = std::max<int64_t>(2, rule.C * (level ? 3 : 1) / 512);
+    if (level + 1 < body_.levels && count > most) return -1;
+    const char* features = static_cast<const char*>(call_.features) + row * call_.row_bytes;
+    double best = -std::numeric_limits<double>::infinity(), second = best;
+    int64_t index = -1;
+    for (int n = 0; n < count; n++) {
+      const int64_t c = classes[n];
+      const double score =
+          body_.product(features, call_.middle, rule.weight + c * call_.p, call_.p) + rule.bias[c];
+      if (score > best) {
+        second = best;
+        best = score;
+        index = c;
+      } else if (score > second) {
+        second = score;
+      }
+    }
+    // p products and as many additions, each rounded by 2^-53; norms rounded as much again.
+    const double norm = norms.seen + norms.residual, longest = packed.largest.seen + packed.largest.residual;
+    const double error =
+        (static_cast<double>(call_.p) + 8) * 0x1p-52 * (norm * longest + packed.largest_bias) +
+        norm * rule.weight_slack + rule.bias_slack;
+    return best - second > 2 * error ? index : -1;
   }
 
   // Whether level 0 decides three of four rows, by a sample of them.

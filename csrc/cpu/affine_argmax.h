@@ -3,10 +3,12 @@
 //
 // A body scores blocks of rows in low precision and keeps each row's best two scores. With d = h - m the
 // centred features, x^ what the multiplication really saw of x, and E the bound below, |score - score^| <= E
-// for every class; so when best - second > 2 E the best class is the exact argmax, and the row is decided.
-// Rows that are not are scored again at the body's next level, and what is left is for the caller. A level 0
-// that decides wide margins only is tried on a sample of the rows, and left out where it would decide too
-// few.
+// for every class; so when best - second > 2 E the best class is the exact argmax, and the row is decided. Of
+// the others most have a few classes within 2 E of the best: these alone are scored in float64. A body keeps
+// the best two of every vector lane with the index of the first, so it knows them unless two share a lane.
+// Rows that are still open are scored again at the body's next level, and what is left is for the caller. A
+// level 0 that decides wide margins only is tried on a sample of the rows, and left out where it would decide
+// too few.
 //
 //   E = |d - d^| max|v| + |d^| max|v - v^| + |d_lo| max|v_lo| + depth u (|d^| max|v^| + max|b|) + underflow
 //
@@ -79,7 +81,14 @@ struct ArgmaxBody {
   void (*score)(Operand block, int64_t rows, Operand panel, const float* bias, int64_t classes, int64_t p,
                 int level, char* scratch, TopTwo* top);
   size_t (*scratch)(int64_t rows);
+  // After `score`: the classes of a row whose scores are not below the threshold, at most kCandidates; 0
+  // where others may be hidden behind them.
+  int (*candidates)(const char* scratch, int64_t row, float threshold, int32_t* classes);
+  double (*product)(const char* features, const float* middle, const double* weight,
+                    int64_t p);  // <v, h - m>
 };
+
+constexpr int kCandidates = 16;
 
 // Null when this build has no such body.
 const ArgmaxBody* argmax_body(Isa isa, Dtype dtype);

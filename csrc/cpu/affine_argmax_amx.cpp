@@ -339,8 +339,9 @@ struct TileArgmax {
 
   static const ArgmaxBody* body() {
     // 127² or 128² a product: as many as surely fit an int32.
-    static const ArgmaxBody table = {3,     131'071,   kSide,    kSide, bytes,
-                                     depth, pack_rule, pack_row, score, scratch};
+    static const ArgmaxBody table = {
+        3,       131'071,           kSide,         kSide, bytes, depth, pack_rule, pack_row, score,
+        scratch, Float::candidates, Float::product};
     return &table;
   }
 };

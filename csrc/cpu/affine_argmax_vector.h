@@ -147,8 +147,34 @@ struct FloatArgmax {
     return top;
   }
 
+  static int candidates(const char* scratch, int64_t row, float threshold, int32_t* classes) {
+    static_assert(W <= kCandidates);
+    const Lanes& lanes = reinterpret_cast<const Lanes*>(scratch)[row];
+    int count = 0;
+    for (int i = 0; i < W; i++) {
+      if (!(lanes.second[i] < threshold)) return 0;
+      if (!(lanes.best[i] < threshold)) classes[count++] = lanes.index[i];
+    }
+    return count;
+  }
+
+  static double product(const char* features, const float* middle, const double* weight, int64_t p) {
+    using Wide = Vec<double, W>;
+    using Number = std::conditional_t<std::is_same_v<Feature, double>, double, float>;
+    Wide total = {};
+    for (int64_t j = 0; j < p; j += W) {
+      const int count = static_cast<int>(p - j < W ? p - j : W);
+      const auto h = load<Feature, Number, W>(features, j, count);
+      const auto m = load<float, float, W>(reinterpret_cast<const char*>(middle), j, count);
+      const auto v = load<double, double, W>(reinterpret_cast<const char*>(weight), j, count);
+      total += (__builtin_convertvector(h, Wide) - __builtin_convertvector(m, Wide)) * v;
+    }
+    return sum<double, W>(total);
+  }
+
   static const ArgmaxBody* body() {
-    static const ArgmaxBody table = {1, 0, R, kClasses, bytes, depth, pack_rule, pack_row, score, scratch};
+    static const ArgmaxBody table = {1,         0,        R,     kClasses, bytes,      depth,
+                                     pack_rule, pack_row, score, scratch,  candidates, product};
     return &table;
   }
 };
