@@ -268,6 +268,7 @@ __global__ void __launch_bounds__(kThreads, kPlanes == 3 ? 1 : 2) scatter_pairs(
     }
     first = false;
   } while (tile < end);
+  asm volatile("cp.async.wait_group 0;");  // the zeros beyond the last tile
 }
 
 // One block per pair and cell, one thread per cell of the scatter and its mirror image.
