@@ -104,8 +104,8 @@ def execute(
         ignore_index,
     )
     outputs = [tensor for tensor in result if tensor is not None]
-    for tensor in outputs:
-        tensor.fill_(-1 if tensor.dtype == torch.int64 else torch.nan)
+    for tensor in outputs:  # NaN is an answer among the radii
+        tensor.fill_(-1 if tensor.dtype == torch.int64 or tensor is result.radii else torch.nan)
     ran = emulate(ptx, call, [*read, *outputs], race)
     return result, ran
 
@@ -261,6 +261,19 @@ def test_certify(ptx, N, dtype, rules):
     assert (undecided[len(rest) :] == -1).all()
 
 
+def test_certify_rounds_as_the_reference(ptx):
+    """Limits at the very bound of every sample, each of its own class, and just above it."""
+    generator, N = torch.Generator().manual_seed(0), 2000
+    radii, gap = (torch.rand(N, dtype=torch.float64, generator=generator) for _ in range(2))
+    scale, offset = 1 + 2.0**-20, 0.1
+    bound = radii * scale + offset + gap
+    limits = bound, bound.nextafter(torch.tensor(torch.inf, dtype=torch.float64))
+    inputs = radii, torch.arange(N), gap, limits
+    (undecided, counts), call, read = certify_cuda.describe(*inputs, scale, offset)
+    emulate(ptx, call, [*read, undecided, counts])
+    assert counts.tolist() == [N, 0, N, N]
+
+
 def test_certify_through_its_room(ptx, monkeypatch):
     """int32 labels that are strided, and limits that are not contiguous."""
     radii, labels, gap, limits = certificates(300, torch.float32, 2)
@@ -330,19 +343,31 @@ def test_class_scatter_precisions(ptx, precision, dtype):
 
 
 def test_class_scatter_flushes(ptx):
-    """Sums over more than 2048 rows leave float32 in between: one split, whose first tile is emulated."""
-    N, p, C, pairs, cells = 2100, 23 * 128 + 1, 2, 300, 64
-    features, labels, shift = sample(N, p, C)
-    labels.clamp_(min=0)
-    result, call, read = cuda.describe(features, labels, shift, True, False, "high", -100)
+    """Sums over more than 2048 rows leave float32 in between: one split, whose first tile is emulated.
+
+    Products of 1 from 2048 rows of one class, of 2⁻²⁰ from 52 of the next: float32 would lose these.
+    """
+    N, p, pairs, cells = 2100, 23 * 128 + 1, 300, 64
+    labels = (torch.arange(N) >= 2048).long()
+    features = torch.tensor([1.0, 2.0**-10])[labels][:, None].repeat(1, p)
+    result, call, read = cuda.describe(features, labels, torch.zeros(2, p), True, False, "high", -100)
     (launch,) = [one for one in _cuda.plan(call, 0) if one.kernel.startswith("scatter_pairs")]
     assert launch.grid == pairs
     grids = {launch.kernel: 1, "scatter_reduce": cells, "moments_rowsILi0ELi1E": 0, "moments_join": 0}
     emulate(ptx, call, [*read, *(t for t in result if t is not None)], grids=grids)
-    part = result._replace(scatter=result.scatter[:128, :128], radii=None)
+    assert (result.scatter[:128, :128] == 2048 + 52 * 2.0**-20).all()
+
+
+@pytest.mark.parametrize("precision", PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_class_scatter_of_integers_is_exact(ptx, precision, dtype):
+    features, labels, shift = sample(300, 136, 4)
+    features, shift = (4 * features).round().to(dtype), (4 * shift).round()
+    result, _ = execute(ptx, features, labels, shift, scatter=True, precision=precision)
     with ncfast.use_backend("reference"):
-        truth = class_scatter(features[:, :128], labels, shift[:, :128])
-    assert_scatter_close(part.scatter, truth.scatter, N)
+        truth = class_scatter(features, labels, shift)
+    assert torch.equal(result.scatter, truth.scatter)
+    assert torch.equal(result.sums, truth.sums)
 
 
 def test_class_scatter_views(ptx):
