@@ -97,7 +97,7 @@ struct FloatArgmax {
       for (int a = 0; a < A; a++) std::memcpy(&v[a], panel + j * kClasses + a * W, sizeof(V));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
-        const V factor = V{} + block[r * p + j];
+        const float factor = block[r * p + j];
 #pragma GCC unroll 4
         for (int a = 0; a < A; a++) total[r][a] += v[a] * factor;
       }
