@@ -185,18 +185,19 @@ def _numbers(
     Returns the numbers by name, [] float64 each; the centred means [C, p]; and their distances as
     `collapse_and_distances` does.
     """
-    means = stats.means[present]  # [C, p]
-    counts = stats.counts[present]
+    those = present if len(present) < stats.num_classes else slice(None)  # which copies nothing
+    means = stats.means[those]  # [C, p]
+    counts = stats.counts[those]
     weights = counts if global_mean == "samples" else torch.ones_like(counts)
     centred = means - weighted_mean(means, weights)
     within, between = stats.trace_within, centred.square().sum() / len(means)
     # Below what rounding leaves of means that coincide: of float32 residuals, and of float64 means.
     coincide = between <= 2.0**-44 * within + (2.0**-48 * means.norm(dim=1).max()) ** 2
-    centred, between = centred.masked_fill(coincide, 0.0), between.masked_fill(coincide, 0.0)
+    centred, between = centred.masked_fill_(coincide, 0.0), between.masked_fill(coincide, 0.0)
     numbers = {"trace_within": within, "trace_between": between, "trace_ratio": within / between}
     distances = means.new_full((len(means),), torch.inf)
     if len(means) > 1:
-        geometry = pair_geometry(centred, stats.class_variances[present])
+        geometry = pair_geometry(centred, stats.class_variances[those])
         numbers |= _frame_numbers(centred, geometry, "means")
         distances = geometry.nearest_distance
         numbers["cdnv"] = cast(torch.Tensor, geometry.cdnv)
@@ -204,7 +205,7 @@ def _numbers(
         if stats.scatter is not None:
             numbers["nc1"] = _nc1_by_solving(stats, centred, weights)
     if len(means) > 1 and weight is not None:
-        rows = weight.detach()[present].double()
+        rows = weight.detach()[those].double()
         numbers |= _frame_numbers(rows, pair_geometry(rows), "classifier")
         numbers["nc3_self_duality"] = torch.dist(rows / rows.norm(), centred / centred.norm()).square()
         numbers["etf_error_product"] = etf_error(rows, centred)

@@ -418,7 +418,7 @@ def _sampled_shift(
         counts += seen.counts
         sums += seen.sums
     means = first + sums / counts[:, None]
-    return means.masked_fill_(~means.isfinite().all(1, keepdim=True), torch.nan).to(dtype)
+    return means.masked_fill_(~means.sum(1, keepdim=True).isfinite(), torch.nan).to(dtype)
 
 
 def _labelled(
