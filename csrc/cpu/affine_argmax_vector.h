@@ -13,7 +13,7 @@ constexpr double kRounded = 0x1p-23;
 template <class Feature, int W>
 inline double centre(const char* features, const float* middle, int64_t p, float* out) {
   using Wide = Vec<double, W>;
-  Wide squares = {};
+  Vec<float, W> squares = {};
   for (int64_t j = 0; j < p; j += W) {
     const int count = static_cast<int>(p - j < W ? p - j : W);
     Vec<float, W> d;
@@ -26,11 +26,13 @@ inline double centre(const char* features, const float* middle, int64_t p, float
       d = load<Feature, float, W>(features, j, count) -
           load<float, float, W>(reinterpret_cast<const char*>(middle), j, count);
     }
-    const Wide exact = __builtin_convertvector(d, Wide);
-    squares += exact * exact;
+    squares += d * d;
     std::memcpy(out + j, &d, count * sizeof(float));
   }
-  return std::sqrt(sum<double, W>(squares)) * (1 + 1e-9);
+  // Of p / W + W additions; and of squares that underflowed.
+  const double rounded = 1 + (static_cast<double>(p) / W + W + 2) * 0x1p-24;
+  const double lost = std::sqrt(static_cast<double>(p)) * 0x1p-62;
+  return std::sqrt(static_cast<double>(sum<float, W>(squares))) * rounded + lost;
 }
 
 template <class Feature, int W, int A, int R>
