@@ -345,17 +345,19 @@ def test_class_scatter_precisions(ptx, precision, dtype):
 def test_class_scatter_flushes(ptx):
     """Sums over more than 2048 rows leave float32 in between: one split, whose first tile is emulated.
 
-    Products of 1 from 2048 rows of one class, of 2⁻²⁰ from 52 of the next: float32 would lose these.
+    2048 rows of one class, of whole numbers, and 52 of the next, 2⁻¹⁰ of them: float32 would lose these.
     """
     N, p, pairs, cells = 2100, 23 * 128 + 1, 300, 64
     labels = (torch.arange(N) >= 2048).long()
-    features = torch.tensor([1.0, 2.0**-10])[labels][:, None].repeat(1, p)
+    row = 1.0 + torch.arange(p) % 7
+    features = torch.tensor([1.0, 2.0**-10])[labels][:, None] * row
     result, call, read = cuda.describe(features, labels, torch.zeros(2, p), True, False, "high", -100)
     (launch,) = [one for one in _cuda.plan(call, 0) if one.kernel.startswith("scatter_pairs")]
     assert launch.grid == pairs
     grids = {launch.kernel: 1, "scatter_reduce": cells, "moments_rowsILi0ELi1E": 0, "moments_join": 0}
     emulate(ptx, call, [*read, *(t for t in result if t is not None)], grids=grids)
-    assert (result.scatter[:128, :128] == 2048 + 52 * 2.0**-20).all()
+    of_tile = row[:128].double()
+    assert torch.equal(result.scatter[:128, :128], (2048 + 52 * 2.0**-20) * torch.outer(of_tile, of_tile))
 
 
 @pytest.mark.parametrize("precision", PRODUCTS)

@@ -245,19 +245,24 @@ def test_against_the_reference(backend, kind, C, p):
         assert torch.equal(geometry.nearest_index, truth.nearest_index)
 
 
-@pytest.mark.parametrize("kind", ["plain", "offset", "clusters", "twins", "scales", "huge"])
-@pytest.mark.parametrize(("C", "p"), SHAPES)
-def test_decision_radius_keeps_its_promise(backend, kind, C, p):
-    """Within the bound of the docstring, twice: the reference has the same."""
+def rules_and_anchors(kind, C, p):
+    """What `decision_radius` takes, three times; classes are None where every class has its anchor."""
     weight = rows_of(kind, C, p)
     bias = torch.randn(C, dtype=torch.float64) * weight.square().mean()
     aside = weight + 0.1 * weight.abs().mean() * torch.randn(C, p, dtype=torch.float64)
     classes = torch.arange(C).flip(0)[: C // 2]
-    for rule, anchors, of in [
-        ((weight, -0.5 * weight.square().sum(1)), weight, None),
-        ((weight, bias), aside, None),
-        ((weight, torch.zeros(C)), aside[classes], classes),
-    ]:
+    return [
+        (weight, -0.5 * weight.square().sum(1), weight, None),
+        (weight, bias, aside, None),
+        (weight, torch.zeros(C), aside[classes], classes),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["plain", "offset", "clusters", "twins", "scales", "huge"])
+@pytest.mark.parametrize(("C", "p"), SHAPES)
+def test_decision_radius_keeps_its_promise(backend, kind, C, p):
+    """Within the bound of the docstring, twice: the reference has the same."""
+    for *rule, anchors, of in rules_and_anchors(kind, C, p):
         with backends.forced("pair_geometry", backend):
             radii = ncfast.decision_radius(*rule, anchors, of)
         with ncfast.use_backend("reference"):
@@ -287,29 +292,20 @@ def test_decision_radius_near_collapse(backend, spread):
 @pytest.mark.parametrize(("C", "p"), SHAPES)
 def test_radius_bound(backend, kind, C, p):
     """Below every radius, and no lower than what it is made of says, but for the rounding of the products."""
-    weight = rows_of(kind, C, p)
-    bias = torch.randn(C, dtype=torch.float64) * weight.square().mean()
-    anchors = weight + 0.1 * weight.abs().mean() * torch.randn(C, p, dtype=torch.float64)
-    classes = torch.arange(C).flip(0)[: C // 2]
-    for arguments in [
-        (weight, -0.5 * weight.square().sum(1), weight, torch.arange(C)),
-        (weight, bias, anchors, torch.arange(C)),
-        (weight, bias, anchors[classes], classes),
-    ]:
+    for weight, bias, anchors, classes in rules_and_anchors(kind, C, p):
+        of = torch.arange(C) if classes is None else classes
         with backends.forced("pair_geometry", backend):
-            bound = radius_bound(*arguments)
+            bound = radius_bound(weight, bias, anchors, of)
         if bound is None:
             assert not backend.startswith("cpu")
             return
-        radii = ncfast.decision_radius(*arguments)
         assert ((bound == -torch.inf) | (bound > 0)).all()
-        assert (bound <= radii).all()
-        rows, offsets, points, of = arguments
-        scores, norms = points @ rows.T + offsets, rows.norm(dim=1)
+        assert (bound <= ncfast.decision_radius(weight, bias, anchors, of)).all()
+        scores, norms = anchors @ weight.T + bias, weight.norm(dim=1)
         lead = scores.gather(1, of[:, None]) - scores
         loose = lead / (norms[of][:, None] + norms)
         loose[torch.arange(len(of)), of] = torch.inf
-        rounding = 0.01 * points.norm(dim=1) + 1e-9 * offsets.abs().max() / norms[norms > 0].min()
+        rounding = 0.01 * anchors.norm(dim=1) + 1e-9 * bias.abs().max() / norms[norms > 0].min()
         expected = loose.min(1).values - rounding
         assert (bound >= expected)[expected > 0].all()
 
