@@ -100,25 +100,39 @@ template <class Feature, class Real, int W>
 struct VectorBody {
   using V = Vec<Real, W>;
 
+  // run(column, count) for the columns of a row, W at a time and then the rest. Inlined twice, so that a
+  // whole piece is loaded and added without asking how long it is, from and to registers.
+  template <class Run>
+  static void for_pieces(int64_t p, const Run& run) {
+    int64_t j = 0;
+    for (; j + W <= p; j += W) run(j, W);
+    if (j < p) run(j, static_cast<int>(p - j));
+  }
+
   // R rows of one class at a time, so that the class's shift and sums are loaded once for all of them.
   template <int R>
   static void stream_rows(const Group& group, int first, int64_t p, Real* squares) {
-    V square[R] = {};
+    const char *row[R], *next[R];
+    for (int r = 0; r < R; r++) {
+      row[r] = group.features[first + r];
+      next[r] = group.next[first + r];
+    }
     const char* shift = group.shift[first];
     double* sums = group.sums[first];
-    for (int64_t j = 0; j < p; j += W) {
-      const int count = static_cast<int>(p - j < W ? p - j : W);
+    V square[R] = {};
+    for_pieces(p, [&](int64_t j, int count) [[gnu::always_inline]] {
       const V k = load<Real, Real, W>(shift, j, count);
       V total = {};
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const V d = load<Feature, Real, W>(group.features[first + r], j, count) - k;
+        const V d = load<Feature, Real, W>(row[r], j, count) - k;
         // Into the second level: as many lines into the first wait for each other longer.
-        __builtin_prefetch(group.next[first + r] + j * sizeof(typename Stored<Feature>::type), 0, 2);
+        __builtin_prefetch(next[r] + j * sizeof(typename Stored<Feature>::type), 0, 2);
         total += d;
         square[r] += d * d;
       }
       add_to<Real, W>(sums + j, total, count);
-    }
+    });
     for (int r = 0; r < R; r++) squares[first + r] = sum<Real, W>(square[r]);
   }
 
@@ -135,16 +149,15 @@ struct VectorBody {
 
   static void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares,
                    void* squares) {
+    const int rows = group.rows;
+    const auto at = [&](int64_t j) {
+      return reinterpret_cast<Real*>(panel.data) + j * panel.stride + row * W;
+    };
     V square[kGroup] = {};
-    for (int64_t j = 0; j < panel.padded; j += W) {
-      Real* out = reinterpret_cast<Real*>(panel.data) + j * panel.stride + row * W;
-      const int count = static_cast<int>(panel.p - j < W ? panel.p - j : W);
-      if (count <= 0) {
-        std::memset(out, 0, group.rows * sizeof(V));
-        continue;
-      }
+    for_pieces(panel.p, [&](int64_t j, int count) [[gnu::always_inline]] {
+      Real* out = at(j);
       V total = {}, columns = {};
-      for (int i = 0; i < group.rows; i++) {
+      for (int i = 0; i < rows; i++) {
         const V d = load<Feature, Real, W>(group.features[i], j, count) -
                     load<Real, Real, W>(group.shift[i], j, count);
         __builtin_prefetch(group.next[i] + j * sizeof(typename Stored<Feature>::type));
@@ -159,8 +172,8 @@ struct VectorBody {
         }
       }
       add_to<Real, W>(column_squares + j, columns, count);
-    }
-    for (int i = 0; i < group.rows; i++) static_cast<Real*>(squares)[i] = sum<Real, W>(square[i]);
+    });
+    for (int i = 0; i < rows; i++) static_cast<Real*>(squares)[i] = sum<Real, W>(square[i]);
   }
 
   // scatter[j + b][i + a] += over the rows of the panel, for A vectors from column i and B columns from j.
@@ -170,6 +183,11 @@ struct VectorBody {
     const Real* left[A];
     for (int a = 0; a < A; a++) left[a] = data + (i + a * W) * panel.stride;
     const Real* right = data + j / W * W * panel.stride + j % W;
+    // What the sums are added to comes from afar and is asked for while they are made.
+    for (int64_t b = j; b < j + B && b < panel.p; b++) {
+      for (int64_t a = i; a < i + A * W && a < panel.p; a += 8)
+        __builtin_prefetch(scatter + b * panel.p + a, 1, 2);
+    }
     V total[B][A] = {};
     for (int64_t row = 0; row < panel.rows; row++) {
       V column[A];
@@ -191,15 +209,19 @@ struct VectorBody {
     }
   }
 
+  // Rows j .. j + B of the scatter from the vector on that holds their diagonal.
   template <int A, int B, int Tile>
   static void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char*) {
-    static_assert(Tile % (A * W) == 0 && Tile % B == 0 && W % B == 0);
+    static_assert(Tile % W == 0 && W % B == 0);
     const int64_t rows_end = I + Tile < panel.padded ? I + Tile : panel.padded;
     const int64_t columns_end = J + Tile < panel.padded ? J + Tile : panel.padded;
     for (int64_t j = I; j < rows_end && j < panel.p; j += B) {
-      for (int64_t i = J; i < columns_end; i += A * W) {
-        if (i + A * W > j) register_tile<A, B>(panel, i, j, scatter);
+      int64_t i = I == J ? j / W * W : J;
+      for (; i + A * W <= columns_end; i += A * W) register_tile<A, B>(panel, i, j, scatter);
+      if constexpr (A > 2) {
+        if (i + 2 * W <= columns_end) register_tile<2, B>(panel, i, j, scatter), i += 2 * W;
       }
+      if (i < columns_end) register_tile<1, B>(panel, i, j, scatter);
     }
   }
 
@@ -212,8 +234,8 @@ struct VectorBody {
 
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t block_rows) {
-    static const ScatterBody table = {A * W, block_rows,           0,       element, tile<Tile>, 0, 0, stream,
-                                      pack,  multiply<A, B, Tile>, nullptr, nullptr};
+    static const ScatterBody table = {W,    block_rows,           0,       element, tile<Tile>, 0, 0, stream,
+                                      pack, multiply<A, B, Tile>, nullptr, nullptr};
     return &table;
   }
 };

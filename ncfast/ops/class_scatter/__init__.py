@@ -303,6 +303,11 @@ def check_labels(labels: torch.Tensor, features: torch.Tensor, name: str = "labe
 
 def check_label_range(labels: torch.Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise for the first label that is neither in [0, C) nor `ignore_index`. Synchronises on a GPU."""
+    if len(labels) == 0:
+        return
+    least, most = labels.aminmax()
+    if (least >= 0) & (most < num_classes):
+        return  # the common case takes one pass
     outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if outside.any():
         row = int(outside.nonzero()[0])
