@@ -2,9 +2,12 @@
 
     python benchmarks/bench_class_scatter.py               (N=65,536, p=2048: needs 2 GiB)
 
-The opponent of the scatter is `H.T @ H` alone, which neither centres nor sums per class. AVX2's opponent is
-MKL held to AVX2: run with MKL_ENABLE_INSTRUCTIONS=AVX2 and `--isa avx2`. Nothing is timed before its answer
-agrees with the float64 reference on the first rows. Times are medians of runs that take turns.
+The opponent of the scatter is `H.T @ H` alone, which neither centres nor sums per class, in PyTorch and, for
+float32, in NumPy: that one's BLAS sees the symmetry and makes half the products, and where PyTorch's is MKL it
+is another, which uses AVX-512 on AMD's processors, too. Each has a line of its own. AVX2's opponents are held
+to AVX2: run with MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell and `--isa avx2`; else see that
+OPENBLAS_CORETYPE is not set. Nothing is timed before its answer agrees with the float64 reference on the first
+rows. Times are medians of runs that take turns.
 """
 
 import argparse
@@ -65,6 +68,9 @@ def scatter_rows(p, rounds, isa):
         opponent, *ours = medians(runs, rounds)
         kind = str(dtype).removeprefix("torch.")
         report(f"p={p} {kind} H.T @ H", opponent, opponent, "", f"{2e-9 * N * p * p / opponent:.0f} GFLOP/s")
+        if dtype == torch.float32:  # on its own: NumPy's threads keep the cores for a while after a call
+            (numpy,) = medians([lambda x=h.numpy(): x.T @ x], rounds)
+            report(f"p={p} {kind} H.T @ H in NumPy", numpy, opponent, "H.T @ H")
         for precision, seconds in zip(precisions, ours, strict=True):
             report(f"p={p} {kind} {precision} on {isa}", seconds, opponent, "H.T @ H")
 
@@ -141,14 +147,14 @@ def main():
         os.environ["NCFAST_CPU_ISA"] = options.isa
     isa = _cpu.isa("class_scatter")
     print(f"{platform.machine()} {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if Path("/proc/self/clear_refs").exists():
+        for p in options.dim:  # first, as memory that was freed and kept would hide what a call takes
+            peak_row(p)
     for p in options.dim:
         scatter_rows(p, options.rounds, isa)
     for p in options.dim:
         stream_row(p, options.rounds)
     update_row(options.rounds)
-    if Path("/proc/self/clear_refs").exists():
-        for p in options.dim:
-            peak_row(p)
 
 
 if __name__ == "__main__":
