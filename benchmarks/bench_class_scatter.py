@@ -2,12 +2,12 @@
 
     python benchmarks/bench_class_scatter.py               (N=65,536, p=2048: needs 2 GiB)
 
-The opponent of the scatter is `H.T @ H` alone, which neither centres nor sums per class, in PyTorch and, for
-float32, in NumPy: that one's BLAS sees the symmetry and makes half the products, and where PyTorch's is MKL it
-is another, which uses AVX-512 on AMD's processors, too. Each has a line of its own. AVX2's opponents are held
-to AVX2: run with MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell and `--isa avx2`; else see that
-OPENBLAS_CORETYPE is not set. Nothing is timed before its answer agrees with the float64 reference on the first
-rows. Times are medians of runs that take turns.
+The opponent of the scatter is `H.T @ H` alone, which neither centres nor sums per class: PyTorch's and, for
+float32, NumPy's, each in a line of its own. NumPy's BLAS sees the symmetry and makes half the products, and
+uses AVX-512 on AMD's processors, too, where MKL does not; see that OPENBLAS_CORETYPE is not set. With
+`--isa avx2` hold both to AVX2: MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell. Nothing is timed
+before its answer agrees with the float64 reference on the first rows. Times are medians of runs that take
+turns.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def scatter_rows(p, rounds, isa):
         kind = str(dtype).removeprefix("torch.")
         report(f"p={p} {kind} H.T @ H", opponent, opponent, "", f"{2e-9 * N * p * p / opponent:.0f} GFLOP/s")
         if dtype == torch.float32:  # on its own: NumPy's threads keep the cores for a while after a call
-            (numpy,) = medians([lambda x=h.numpy(): x.T @ x], rounds)
+            array = h.numpy()
+            (numpy,) = medians([lambda x=array: x.T @ x], rounds)
             report(f"p={p} {kind} H.T @ H in NumPy", numpy, opponent, "H.T @ H")
         for precision, seconds in zip(precisions, ours, strict=True):
             report(f"p={p} {kind} {precision} on {isa}", seconds, opponent, "H.T @ H")

@@ -142,14 +142,16 @@ def collapse_and_distances(
     check_global_mean(global_mean)
     check_classifier(weight, bias, stats.num_classes, stats.dim, stats.counts.device)
     counts = stats.counts
-    finite = [tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None]
-    facts = [counts.sum(), counts.count_nonzero(), stats._skipped, *finite]
-    # A GPU is waited for once, in `_read`: every class is taken to be present until that is known.
+    facts = [counts.sum(), counts.count_nonzero(), stats._skipped]
     present = torch.arange(len(counts), device=counts.device)
     if counts.device.type == "cpu":
         present = present[counts > 0]
         if len(present) == 0:
             raise ValueError(_EMPTY)
+    else:
+        # A GPU is waited for once, in `_read`: until then every class is taken to be present, and the
+        # classifier to be finite.
+        facts += [tensor.isfinite().all() for tensor in (weight, bias) if tensor is not None]
     with stats._unquestioned():
         numbers, centred, distances = _numbers(stats, weight, present, global_mean)
     read = stats._read([*facts, *numbers.values()])

@@ -17,7 +17,6 @@ namespace {
 constexpr int64_t kBlockBytes = 512 << 10;
 constexpr int64_t kMaxBlockRows = 256;
 constexpr int64_t kBlocksPerPoll = 256;
-constexpr double kWide = 1e37;  // what is no error bound
 
 // Where a coarse level is tried: it saves a part of every score, and costs a little more per row and a second
 // packing of the classes. It stays where it decides three of four rows of the sample.
@@ -59,7 +58,7 @@ struct PackedRule {
   }
 };
 
-// E of the header, rounded up; infinite where a partial sum might have left the range of float32.
+// E of the header, rounded up; infinite where it, or a partial sum, might have left the range of float32.
 double error_bound(const Norms& row, const PackedRule& rule, double depth, int64_t p) {
   constexpr double u = 1.0 / (1 << 24), kUnderflow = 0x1p-120;
   constexpr double kInRange = 1e37;
@@ -69,7 +68,8 @@ double error_bound(const Norms& row, const PackedRule& rule, double depth, int64
       depth * u * (row.seen * v.seen + rule.largest_bias) + u * rule.largest_bias + rule.bias_slack;
   const double error =
       row.residual * (v.seen + v.residual) + row.seen * v.residual + row.low * v.low + rounding;
-  return error * (1 + 1e-6) + (depth + p) * kUnderflow;
+  return error < kInRange ? error * (1 + 1e-6) + (depth + p) * kUnderflow
+                          : std::numeric_limits<double>::infinity();
 }
 
 class Scorer {
@@ -127,7 +127,7 @@ class Scorer {
             const double margin = static_cast<double>(top[i].best) - top[i].second;
             const double error = error_bound(norms[i], rule, depth, p);
             int64_t index = margin > 2 * error ? top[i].index : -1;
-            if (index < 0 && 2 * error < kWide) {
+            if (index < 0 && std::isfinite(error)) {
               const double threshold = top[i].best - 2 * error;
               index = among_candidates(level, *rules[r], rule, row[i], norms[i], scratch, i, threshold);
             }

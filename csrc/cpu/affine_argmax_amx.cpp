@@ -135,18 +135,11 @@ struct TileArgmax {
     return scale;
   }
 
-  // Columns [j, j + 16) of h - m.
-  static __m512 centred(const char* features, const float* middle, int64_t j, int64_t p) {
-    const int count = static_cast<int>(p - j < 16 ? p - j : 16);
+  // Columns [j, j + 16) of h - m, zeros from p on.
+  static __m512 sixteen(const char* features, const float* middle, int64_t j, int64_t p) {
+    const int64_t count = p - j < 16 ? p - j : 16;
     if (count <= 0) return _mm512_setzero_ps();
-    const auto m = load<float, float, 16>(reinterpret_cast<const char*>(middle), j, count);
-    if constexpr (std::is_same_v<Feature, double>) {
-      const auto wide =
-          load<double, double, 16>(features, j, count) - __builtin_convertvector(m, Vec<double, 16>);
-      return (__m512) __builtin_convertvector(wide, Vec<float, 16>);
-    } else {
-      return (__m512)(load<Feature, float, 16>(features, j, count) - m);
-    }
+    return (__m512)centred<Feature, 16>(features, middle, j, static_cast<int>(count));
   }
 
   static void pack_row(const char* features, const float* middle, int64_t p, int level, int64_t row,
@@ -169,8 +162,8 @@ struct TileArgmax {
     for (int64_t j = 0; j < p; j += 32, out += parts * kTile) {
       __m512 d0 = zero, d1 = zero;
       if (features) {
-        d0 = centred(features, middle, j, p);
-        d1 = centred(features, middle, j + 16, p);
+        d0 = sixteen(features, middle, j, p);
+        d1 = sixteen(features, middle, j + 16, p);
       }
       squares.all = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, squares.all));
       for (int part = 0; part < parts; part++) {
@@ -194,14 +187,14 @@ struct TileArgmax {
     Squares squares = {zero, zero, zero};
     __m512 largest = zero;
     for (int64_t j = 0; features && j < p; j += 16) {
-      const __m512 d = centred(features, middle, j, p);
+      const __m512 d = sixteen(features, middle, j, p);
       largest = _mm512_max_ps(largest, _mm512_abs_ps(d));
       squares.all = _mm512_fmadd_ps(d, d, squares.all);
     }
     *scale = _mm512_reduce_max_ps(largest) / 127;
     const __m512 unit = _mm512_set1_ps(*scale), inverse = _mm512_set1_ps(*scale > 0 ? 1 / *scale : 0);
     for (int64_t j = 0; j < 64 * steps(p, 0); j += 16) {
-      const __m512 d = features ? centred(features, middle, j, p) : zero;
+      const __m512 d = features ? sixteen(features, middle, j, p) : zero;
       const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(d, inverse)));
       _mm_store_si128(reinterpret_cast<__m128i*>(out + j / 64 * kTile + j % 64), bytes);
       const __m512 lost = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit, d);

@@ -9,23 +9,26 @@
 // feature first loses as much again.
 constexpr double kRounded = 0x1p-23;
 
+// The type in which a feature is exact.
+template <class Feature>
+using Number = std::conditional_t<std::is_same_v<Feature, double>, double, float>;
+
+// Columns [j, j + count) of h - m, count <= W, and zeros after them.
+template <class Feature, int W>
+inline Vec<float, W> centred(const char* features, const float* middle, int64_t j, int count) {
+  using Exact = Vec<Number<Feature>, W>;
+  const auto m = load<float, float, W>(reinterpret_cast<const char*>(middle), j, count);
+  const Exact d = load<Feature, Number<Feature>, W>(features, j, count) - __builtin_convertvector(m, Exact);
+  return __builtin_convertvector(d, Vec<float, W>);
+}
+
 // Returns |out|, rounded up.
 template <class Feature, int W>
 inline double centre(const char* features, const float* middle, int64_t p, float* out) {
-  using Wide = Vec<double, W>;
   Vec<float, W> squares = {};
   for (int64_t j = 0; j < p; j += W) {
     const int count = static_cast<int>(p - j < W ? p - j : W);
-    Vec<float, W> d;
-    if constexpr (std::is_same_v<Feature, double>) {
-      const Wide wide = load<double, double, W>(features, j, count) -
-                        __builtin_convertvector(
-                            (load<float, float, W>(reinterpret_cast<const char*>(middle), j, count)), Wide);
-      d = __builtin_convertvector(wide, Vec<float, W>);
-    } else {
-      d = load<Feature, float, W>(features, j, count) -
-          load<float, float, W>(reinterpret_cast<const char*>(middle), j, count);
-    }
+    const Vec<float, W> d = centred<Feature, W>(features, middle, j, count);
     squares += d * d;
     std::memcpy(out + j, &d, count * sizeof(float));
   }
@@ -162,11 +165,10 @@ struct FloatArgmax {
 
   static double product(const char* features, const float* middle, const double* weight, int64_t p) {
     using Wide = Vec<double, W>;
-    using Number = std::conditional_t<std::is_same_v<Feature, double>, double, float>;
     Wide total = {};
     for (int64_t j = 0; j < p; j += W) {
       const int count = static_cast<int>(p - j < W ? p - j : W);
-      const auto h = load<Feature, Number, W>(features, j, count);
+      const auto h = load<Feature, Number<Feature>, W>(features, j, count);
       const auto m = load<float, float, W>(reinterpret_cast<const char*>(middle), j, count);
       const auto v = load<double, double, W>(reinterpret_cast<const char*>(weight), j, count);
       total += (__builtin_convertvector(h, Wide) - __builtin_convertvector(m, Wide)) * v;

@@ -464,7 +464,7 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
     });
   }
   if (todo.empty()) return;
-  rows.unit = 2 * (static_cast<double>(p) + 8) * 0x1p-53;
+  rows.unit = product_error(p);
   const Panels weight(call.weight, C, p, threads);
   const auto gathered = [&](const double* vectors, const int64_t* chosen) {
     return centres ? nullptr : std::make_unique<Panels>(vectors, A, p, threads, chosen);
@@ -483,7 +483,7 @@ void decision_bound(const DecisionRadius& call, Isa isa, int threads, const std:
   threads = threads_for(threads, 1.0 * A * C * p);
   const RadiusNumbers numbers(call, body, false, threads);
   RadiusRows rows = numbers.rows();
-  const double down = 1 - 4 * (static_cast<double>(p) + 8) * 0x1p-53;  // the rounding of the norms
+  const double down = 1 - 2 * product_error(p);  // the rounding of the norms
   const auto sweep = [&](const std::function<void(int64_t I, int64_t J, double* scores)>& scores_of) {
     run_tasks(threads, blocks, poll, [&](int64_t block, int) {
       alignas(64) double scores[kSide * kSide], least[kSide];
@@ -510,7 +510,7 @@ void decision_bound(const DecisionRadius& call, Isa isa, int threads, const std:
     });
   } else {
     const Panels weight(call.weight, C, p, threads), anchors(call.anchors, A, p, threads);
-    rows.unit = 2 * (static_cast<double>(p) + 8) * 0x1p-53;
+    rows.unit = product_error(p);
     sweep([&](int64_t I, int64_t J, double* scores) {
       body.products(anchors.from(I), weight.from(J), p, scores);
     });

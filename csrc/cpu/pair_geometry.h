@@ -58,6 +58,9 @@ void decision_bound(const DecisionRadius& call, Isa isa, int threads, const std:
 constexpr int kSide = 48;      // rows of a tile; a multiple of every body's register tile
 constexpr int kPanelRows = 8;  // a panel is [rows / 8][p][8], padded with rows of zeros
 
+// A product <u, v> made in float64 is off by at most this times |u| |v|, norms rounded likewise included.
+inline double product_error(int64_t p) { return 2 * (static_cast<double>(p) + 8) * 0x1p-53; }
+
 // The sums over the pairs of a task, or of a tile. Squares are about the mean: one-pass formulas cancel where
 // all cosines agree, which is where training leads.
 struct PairSums {

@@ -5,8 +5,6 @@ using Doubles [[gnu::vector_size(W * sizeof(double))]] = double;
 template <int W>
 using Words [[gnu::vector_size(W * sizeof(int64_t))]] = int64_t;
 
-constexpr double kUnit = 0x1p-53;
-
 // Below this share of what was subtracted a Gram matrix's square of a distance is not trusted. It bounds what
 // is lost where it is: at most a factor of 16.
 constexpr double kClose = 1.0 / 16;
@@ -167,7 +165,7 @@ struct PairVectors {
                            PairSums* sums) {
     const double simplex = 1.0 / static_cast<double>(rows.C - 1);
     // Of |u|^2 + |v|^2 - 2 <u, v>, of the squared difference it is compared with, and of the sum itself.
-    const double error = 4 * (static_cast<double>(rows.p) + 8) * kUnit;
+    const double error = 2 * product_error(rows.p);
     if (search->count + kSide * kSide > search->room) settle(rows, search);
     alignas(64) double deviation[kSide][kSide], kernel[kSide][kSide];
     V sum_deviation = {}, sum_absolute = {}, sum_kernel = {}, sum_cdnv = {};
@@ -339,11 +337,10 @@ struct PairVectors {
   }
 
   // Of what is computed in float64 throughout: an anchor's own score, and sums of a few numbers.
-  static double double_error(int64_t p) { return 2 * (static_cast<double>(p) + 8) * kUnit; }
 
   // Of own - score, `norm` being the other row's.
   static V error_of_lead(const RadiusRows& rows, int64_t i, const V& own, const V& score, double norm) {
-    return double_error(rows.call.p) * (load(rows.own_norms + i) + magnitude(own) + magnitude(score)) +
+    return product_error(rows.call.p) * (load(rows.own_norms + i) + magnitude(own) + magnitude(score)) +
            rows.unit * load(rows.anchor_norm + i) * norm;
   }
 
@@ -369,7 +366,7 @@ struct PairVectors {
   static void reduce_radius(const RadiusRows& rows, int64_t I, int64_t J, const double* gram,
                             const double* scores, RadiusSearch* search) {
     const DecisionRadius& call = rows.call;
-    const double error = double_error(call.p);
+    const double error = product_error(call.p);
     const int count = static_cast<int>(call.A - I < kSide ? call.A - I : kSide);
     const int columns = static_cast<int>(call.C - J < kSide ? call.C - J : kSide);
     for (int j = 0; j < columns; j++) {

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
@@ -63,6 +64,11 @@ def select(
     if calls is not None:
         calls.append((operation, backend))
     return getattr(_module(operation, backend), function or operation)
+
+
+def beside(run: Callable[..., Any], function: str) -> Callable[..., Any] | None:
+    """Return another function of the backend of `run`, a result of `select`, or None if it has no such."""
+    return getattr(sys.modules[run.__module__], function, None)
 
 
 def pick(operation: str, features: torch.Tensor, **options: Any) -> str:

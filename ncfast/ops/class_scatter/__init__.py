@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
@@ -188,7 +187,7 @@ def accumulate(
     """
     scatter = state.scatter is not None
     backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
-    in_place = getattr(sys.modules[backend.__module__], "accumulate", None)
+    in_place = dispatch.beside(backend, "accumulate")
     # The first batch chooses most shifts: it goes where a bad choice can be mended.
     if in_place is not None and state.counts.any():
         return cast(

@@ -1,6 +1,5 @@
 """pair_geometry: what all pairs of classes say, reduced on the way: no caller ever holds a C×C matrix."""
 
-import sys
 from typing import NamedTuple, cast
 
 import torch
@@ -164,7 +163,7 @@ def radius_bound(
     `decision_radius`.
     """
     exact = dispatch.select("pair_geometry", weight, "decision_radius")
-    run = getattr(sys.modules[exact.__module__], "radius_bound", None)
+    run = dispatch.beside(exact, "radius_bound")
     return None if run is None else run(weight.double(), bias.double(), anchors.double(), classes)
 
 
