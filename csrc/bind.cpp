@@ -43,13 +43,14 @@ const std::map<std::string, ncfast::Precision> kPrecisions = {{"highest", ncfast
                                                               {"medium", ncfast::Precision::medium}};
 
 #if defined(__x86_64__)
-const std::vector<ncfast::Isa> kEvery = {ncfast::Isa::portable, ncfast::Isa::avx2, ncfast::Isa::avx512,
-                                         ncfast::Isa::amx};
+const std::vector<ncfast::Isa> kMost = {ncfast::Isa::portable, ncfast::Isa::avx2, ncfast::Isa::avx512,
+                                        ncfast::Isa::amx};
+const std::vector<ncfast::Isa> kEvery(std::begin(ncfast::kIsas), std::end(ncfast::kIsas));
 #else
-const std::vector<ncfast::Isa> kEvery = {ncfast::Isa::portable};
+const std::vector<ncfast::Isa> kMost = {ncfast::Isa::portable}, kEvery = kMost;
 #endif
 const std::map<std::string, std::vector<ncfast::Isa>> kBodies = {
-    {"class_scatter", kEvery}, {"affine_argmax", kEvery}, {"pair_geometry", kEvery}};
+    {"class_scatter", kEvery}, {"affine_argmax", kMost}, {"pair_geometry", kMost}};
 
 ncfast::Isa selected(const std::string& operation) { return ncfast::select(named(kBodies, operation)); }
 

@@ -201,6 +201,7 @@ const ArgmaxBody* argmax_body(Isa isa, Dtype dtype) {
     case Isa::avx2:
       return argmax_body_avx2(dtype);
     case Isa::avx512:
+    case Isa::avx512_bf16:
       return argmax_body_avx512(dtype);
     case Isa::amx:
       return argmax_body_amx(dtype);

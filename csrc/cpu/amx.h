@@ -1,14 +1,9 @@
-// What the AMX bodies share. To be included last: it silences a warning in what follows.
+// What the AMX bodies share. To be included last, as intrinsics.h.
 #pragma once
-
-#include <immintrin.h>
 
 #include <cstdint>
 
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (GCC bug 105593)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "cpu/intrinsics.h"
 
 namespace ncfast {
 

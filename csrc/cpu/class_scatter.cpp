@@ -321,15 +321,18 @@ class Pass {
 
 const ScatterBody& scatter_body(const ClassScatter& call, Isa isa) {
   const Dtype dtype = call.dtype;
+  // Narrow features are read no faster than FMAs multiply them, and those are more precise.
+  const Precision precision = call.p < 64 ? Precision::highest : call.precision;
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::avx2:
       return *scatter_body_avx2(dtype);
     case Isa::avx512:
       return *scatter_body_avx512(dtype);
+    case Isa::avx512_bf16:
+      return *scatter_body_avx512_bf16(dtype, precision);
     case Isa::amx:
-      // Narrow features are read no faster than FMAs multiply them, and those are more precise.
-      return *scatter_body_amx(dtype, call.p < 64 ? Precision::highest : call.precision);
+      return *scatter_body_amx(dtype, precision);
 #endif
     default:
       return *scatter_body_portable(dtype);

@@ -108,11 +108,12 @@ struct ScatterBody {
   void (*flush)(const Panel&, double* scatter, char* scratch);
 };
 
-// To be called only where the instruction set is available. AMX multiplies bfloat16: "highest" and float64
-// are left to AVX-512.
+// To be called only where the instruction set is available. AMX multiplies one or two bfloat16, AVX512-BF16
+// one: what asks for more, and float64, is left to AVX-512's FMAs.
 const ScatterBody* scatter_body_portable(Dtype dtype);
 const ScatterBody* scatter_body_avx2(Dtype dtype);
 const ScatterBody* scatter_body_avx512(Dtype dtype);
+const ScatterBody* scatter_body_avx512_bf16(Dtype dtype, Precision precision);
 const ScatterBody* scatter_body_amx(Dtype dtype, Precision precision);
 
 }  // namespace ncfast

@@ -15,6 +15,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/class_scatter.h"
+#include "cpu/memory.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
@@ -22,64 +23,14 @@
 namespace ncfast {
 namespace {
 
-constexpr int64_t kTileBytes = 1024;
-constexpr int kSide = 16;         // columns of a tile
-constexpr int kPair = 2 * kSide;  // columns of a register tile
+#include "cpu/class_scatter_bfloat16.h"
 
-struct BFloat16 {};
-struct Float16 {};
+constexpr int64_t kTileBytes = 1024;
+constexpr int kPair = 2 * kSide;  // columns of a register tile
 
 int parts(Precision precision) { return precision == Precision::high ? 2 : 1; }
 
 size_t element(Precision precision) { return 2 * sizeof(uint16_t) * parts(precision); }
-
-__m512 load(const char* row, int64_t column, __mmask16 mask, float) {
-  return _mm512_maskz_loadu_ps(mask, row + column * 4);
-}
-
-__m512 load(const char* row, int64_t column, __mmask16 mask, BFloat16) {
-  const __m256i half = _mm256_maskz_loadu_epi16(mask, row + column * 2);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-__m512 load(const char* row, int64_t column, __mmask16 mask, Float16) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row + column * 2));
-}
-
-void add_to(double* sums, __m512 values, __mmask16 mask) {
-  const __mmask8 low = mask, high = mask >> 8;
-  const __m512d first = _mm512_cvtps_pd(_mm512_castps512_ps256(values));
-  const __m512d second = _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1));
-  _mm512_mask_storeu_pd(sums, low, _mm512_add_pd(_mm512_maskz_loadu_pd(low, sums), first));
-  _mm512_mask_storeu_pd(sums + 8, high, _mm512_add_pd(_mm512_maskz_loadu_pd(high, sums + 8), second));
-}
-
-// Fetches the rows of the following group into the second-level cache, one whole row after the other: pages
-// and the processor's own prefetchers prefer that to a line of each row in turn. Long rows are better left to
-// those alone: they need no fill buffer of the first-level cache. The pack stage needs as much time for
-// kGroup lines as for one call of advance().
-class Prefetcher {
- public:
-  Prefetcher(const Group& group, int64_t row_bytes)
-      : next_(group.next), row_bytes_(row_bytes), rows_(row_bytes < kLong ? group.rows : 0) {}
-
-  void advance() {
-    for (int lines = kGroup; lines > 0 && row_ < rows_;) {
-      for (; lines > 0 && byte_ < row_bytes_; lines--, byte_ += 64)
-        _mm_prefetch(next_[row_] + byte_, _MM_HINT_T1);
-      if (byte_ < row_bytes_) return;
-      byte_ = 0;
-      row_++;
-    }
-  }
-
- private:
-  static constexpr int64_t kLong = 2048;
-
-  const char* const* next_;
-  int64_t row_bytes_, byte_ = 0;
-  int rows_, row_ = 0;
-};
 
 template <class Feature, bool Split>
 void pack_as(const Group& group, int64_t row, const Panel& panel, double* column_squares, float* squares) {
@@ -87,56 +38,19 @@ void pack_as(const Group& group, int64_t row, const Panel& panel, double* column
   const int64_t pieces = panel.padded / kSide;
   char* left = panel.data + row / kGroup * 2 * pieces * kBytes;
   char* right = left + pieces * kBytes;
-  // Of two vectors packed to bfloat16, the first into the lower half: a0 b0 a1 b1 ...
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  __m512 square[kGroup];
-  for (__m512& s : square) s = _mm512_setzero_ps();
-  Prefetcher prefetcher(group, panel.p * (std::is_same_v<Feature, float> ? 4 : 2));
-  for (int64_t j = 0; j < panel.padded; j += kSide, left += kBytes, right += kBytes) {
-    const int64_t remaining = panel.p - j;
-    const __mmask16 mask = remaining >= kSide ? 0xffff : remaining <= 0 ? 0 : (1 << remaining) - 1;
-    if (!mask) {
-      std::memset(left, 0, kBytes);
-      std::memset(right, 0, kBytes);
-      continue;
-    }
-    prefetcher.advance();
-    __m512 total = _mm512_setzero_ps(), columns = _mm512_setzero_ps();
-    const auto residual = [&](int i) {
-      const __m512 k = _mm512_maskz_loadu_ps(mask, group.shift[i] + j * 4);
-      const __m512 d = _mm512_sub_ps(load(group.features[i], j, mask, Feature{}), k);
-      const __m512 dd = _mm512_mul_ps(d, d);
-      columns = _mm512_add_ps(columns, dd);
-      square[i] = _mm512_add_ps(square[i], dd);
-      total = _mm512_add_ps(total, d);
-      if (group.last[i]) {
-        add_to(group.sums[i] + j, total, mask);
-        total = _mm512_setzero_ps();
-      }
-      return d;
-    };
-    __m512i high[kSide], low[kSide];
-    for (int q = 0; q < kSide; q++) {
-      const __m512 d0 = 2 * q < group.rows ? residual(2 * q) : _mm512_setzero_ps();
-      const __m512 d1 = 2 * q + 1 < group.rows ? residual(2 * q + 1) : _mm512_setzero_ps();
-      high[q] = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(d1, d0));
-      if (Split) {
-        const __m512 h0 = _mm512_castsi512_ps(_mm512_slli_epi32(high[q], 16));
-        const __m512 h1 = _mm512_castsi512_ps(_mm512_and_si512(high[q], _mm512_set1_epi32(0xffff0000)));
-        const __m512bh rest = _mm512_cvtne2ps_pbh(_mm512_sub_ps(d1, h1), _mm512_sub_ps(d0, h0));
-        low[q] = _mm512_permutexvar_epi16(interleave, (__m512i)rest);
-      }
-    }
-    add_to(column_squares + j, columns, mask);
-    for (int q = 0; q < kSide; q++) _mm512_store_si512(right + q * 64, high[q]);
-    store_transposed(high, left);
-    if (Split) {
-      for (int q = 0; q < kSide; q++) _mm512_store_si512(right + kTileBytes + q * 64, low[q]);
-      store_transposed(low, left + kTileBytes);
-    }
-  }
-  for (int i = 0; i < group.rows; i++) squares[i] = _mm512_reduce_add_ps(square[i]);
+  const int64_t filled = round_up(panel.p, kSide) / kSide * kBytes;
+  std::memset(left + filled, 0, pieces * kBytes - filled);
+  std::memset(right + filled, 0, pieces * kBytes - filled);
+  pack_pairs<Feature, Split>(
+      group, panel.p, column_squares, squares, [&](int64_t j, const __m512i* high, const __m512i* low) {
+        char *to_left = left + j / kSide * kBytes, *to_right = right + j / kSide * kBytes;
+        for (int q = 0; q < kSide; q++) _mm512_store_si512(to_right + q * 64, high[q]);
+        store_transposed(high, to_left);
+        if (Split) {
+          for (int q = 0; q < kSide; q++) _mm512_store_si512(to_right + kTileBytes + q * 64, low[q]);
+          store_transposed(low, to_left + kTileBytes);
+        }
+      });
 }
 
 template <class Feature>
@@ -161,8 +75,8 @@ class Destination {
   }
 
   void add(const char* floats) const {
-    const __mmask16 first = columns_ < kSide ? (1 << columns_) - 1 : 0xffff;
-    const __mmask16 second = columns_ <= kSide ? 0 : (1 << (columns_ - kSide)) - 1;
+    const __mmask16 first = mask_of(columns_);
+    const __mmask16 second = columns_ <= kSide ? 0 : mask_of(columns_ - kSide);
     for (int64_t line = 0; line < lines_; line++, floats += kPair * 4) {
       double* at = at_ + line * p_;
       add_to(at, _mm512_load_ps(floats), first);

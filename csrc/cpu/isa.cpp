@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -62,9 +63,10 @@ bool detect(Isa isa) {
       return has(one.c, {12, 28, 29}) && has(seven.b, {5}) && (saved & kAvx) == kAvx;
     case Isa::avx512:  // F, DQ, BW, VL
       return has(seven.b, {16, 17, 30, 31}) && (saved & kAvx512) == kAvx512;
-    case Isa::amx:  // AMX-BF16, AMX-TILE, AMX-INT8; AVX512-BF16
-      return has(seven.d, {22, 24, 25}) && has(cpuid(7, 1).a, {5}) && (saved & kTiles) == kTiles &&
-             tiles_granted();
+    case Isa::avx512_bf16:
+      return has(cpuid(7, 1).a, {5});
+    case Isa::amx:  // AMX-BF16, AMX-TILE, AMX-INT8
+      return has(seven.d, {22, 24, 25}) && (saved & kTiles) == kTiles && tiles_granted();
   }
   return false;
 }
@@ -85,6 +87,8 @@ const char* name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::amx:
       return "amx";
   }
@@ -104,25 +108,23 @@ bool available(Isa isa) {
 }
 
 Isa select(const std::vector<Isa>& bodies) {
+  Isa most = *std::rbegin(kIsas);
   const char* forced = std::getenv("NCFAST_CPU_ISA");
   if (forced && *forced) {
     const auto isa = std::find_if(std::begin(kIsas), std::end(kIsas),
                                   [forced](Isa candidate) { return std::string(forced) == name(candidate); });
     if (isa == std::end(kIsas)) {
       throw std::invalid_argument(std::string("NCFAST_CPU_ISA: unknown instruction set '") + forced +
-                                  "'; choose one of amx, avx512, avx2, portable");
+                                  "'; choose one of amx, avx512_bf16, avx512, avx2, portable");
     }
     if (!available(*isa)) {
       throw std::runtime_error(std::string("NCFAST_CPU_ISA=") + forced + ": this machine does not offer it");
     }
-    if (std::find(bodies.begin(), bodies.end(), *isa) == bodies.end()) {
-      throw std::runtime_error(std::string("NCFAST_CPU_ISA=") + forced + ": not compiled in");
-    }
-    return *isa;
+    most = *isa;
   }
   Isa best = Isa::portable;
   for (Isa isa : bodies) {
-    if (available(isa)) best = std::max(best, isa);
+    if (isa <= most && available(isa)) best = std::max(best, isa);
   }
   return best;
 }

@@ -6,9 +6,9 @@
 
 namespace ncfast {
 
-enum class Isa { portable, avx2, avx512, amx };  // from the plainest to the fastest
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx };  // from the plainest to the fastest
 
-constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx};
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 
 const char* name(Isa isa);
 
@@ -16,8 +16,9 @@ const char* name(Isa isa);
 // their registers and, for AMX, has granted this process their use.
 bool available(Isa isa);
 
-// The fastest available instruction set of those an operation has bodies for. NCFAST_CPU_ISA forces one:
-// std::invalid_argument if there is none of that name, std::runtime_error if it cannot run here.
+// The fastest available instruction set of those an operation has bodies for. NCFAST_CPU_ISA forces one, or
+// where the operation has no body for it the fastest of those it includes: std::invalid_argument if there is
+// none of that name, std::runtime_error if it cannot run here.
 Isa select(const std::vector<Isa>& bodies);
 
 }  // namespace ncfast

@@ -24,6 +24,7 @@ const PairBody& body_of(Isa isa) {
     case Isa::avx2:
       return *pair_body_avx2();
     case Isa::avx512:
+    case Isa::avx512_bf16:
     case Isa::amx:  // tiles have no float64
       return *pair_body_avx512();
 #endif

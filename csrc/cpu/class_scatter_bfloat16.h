@@ -1,0 +1,103 @@
+// What the bodies that multiply bfloat16 share: the pack stage. Included like class_scatter_vector.h.
+
+constexpr int kSide = 16;  // columns of a piece
+
+struct BFloat16 {};
+struct Float16 {};
+
+// Of the first `count` of a piece's columns, count >= 1.
+__mmask16 mask_of(int64_t count) { return count >= kSide ? 0xffff : (1 << count) - 1; }
+
+__m512 load(const char* row, int64_t column, __mmask16 mask, float) {
+  return _mm512_maskz_loadu_ps(mask, row + column * 4);
+}
+
+__m512 load(const char* row, int64_t column, __mmask16 mask, BFloat16) {
+  const __m256i half = _mm256_maskz_loadu_epi16(mask, row + column * 2);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+__m512 load(const char* row, int64_t column, __mmask16 mask, Float16) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, row + column * 2));
+}
+
+void add_to(double* sums, __m512 values, __mmask16 mask) {
+  const __mmask8 low = mask, high = mask >> 8;
+  const __m512d first = _mm512_cvtps_pd(_mm512_castps512_ps256(values));
+  const __m512d second = _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1));
+  _mm512_mask_storeu_pd(sums, low, _mm512_add_pd(_mm512_maskz_loadu_pd(low, sums), first));
+  _mm512_mask_storeu_pd(sums + 8, high, _mm512_add_pd(_mm512_maskz_loadu_pd(high, sums + 8), second));
+}
+
+// Fetches the rows of the following group into the second-level cache, one whole row after the other: pages
+// and the processor's own prefetchers prefer that to a line of each row in turn. Long rows are better left to
+// those alone: they need no fill buffer of the first-level cache. The pack stage needs as much time for
+// kGroup lines as for one call of advance().
+class Prefetcher {
+ public:
+  Prefetcher(const Group& group, int64_t row_bytes)
+      : next_(group.next), row_bytes_(row_bytes), rows_(row_bytes < kLong ? group.rows : 0) {}
+
+  void advance() {
+    for (int lines = kGroup; lines > 0 && row_ < rows_;) {
+      for (; lines > 0 && byte_ < row_bytes_; lines--, byte_ += 64)
+        _mm_prefetch(next_[row_] + byte_, _MM_HINT_T1);
+      if (byte_ < row_bytes_) return;
+      byte_ = 0;
+      row_++;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLong = 2048;
+
+  const char* const* next_;
+  int64_t row_bytes_, byte_ = 0;
+  int rows_, row_ = 0;
+};
+
+// The residuals of a group, kSide columns at a time, each as one bfloat16 or, if Split, as two:
+// store(column, high, low), with the rows in interleaved pairs: high[q] holds rows 2 q and 2 q + 1 as
+// a0 b0 a1 b1 ... Rows that the group lacks are zeros.
+template <class Feature, bool Split, class Store>
+void pack_pairs(const Group& group, int64_t p, double* column_squares, float* squares, const Store& store) {
+  // Of two vectors packed to bfloat16, the first into the lower half.
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  __m512 square[kGroup];
+  for (__m512& s : square) s = _mm512_setzero_ps();
+  Prefetcher prefetcher(group, p * (std::is_same_v<Feature, float> ? 4 : 2));
+  for (int64_t j = 0; j < p; j += kSide) {
+    const __mmask16 mask = mask_of(p - j);
+    prefetcher.advance();
+    __m512 total = _mm512_setzero_ps(), columns = _mm512_setzero_ps();
+    const auto residual = [&](int i) {
+      const __m512 k = _mm512_maskz_loadu_ps(mask, group.shift[i] + j * 4);
+      const __m512 d = _mm512_sub_ps(load(group.features[i], j, mask, Feature{}), k);
+      const __m512 dd = _mm512_mul_ps(d, d);
+      columns = _mm512_add_ps(columns, dd);
+      square[i] = _mm512_add_ps(square[i], dd);
+      total = _mm512_add_ps(total, d);
+      if (group.last[i]) {
+        add_to(group.sums[i] + j, total, mask);
+        total = _mm512_setzero_ps();
+      }
+      return d;
+    };
+    __m512i high[kSide], low[kSide];
+    for (int q = 0; q < kSide; q++) {
+      const __m512 d0 = 2 * q < group.rows ? residual(2 * q) : _mm512_setzero_ps();
+      const __m512 d1 = 2 * q + 1 < group.rows ? residual(2 * q + 1) : _mm512_setzero_ps();
+      high[q] = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(d1, d0));
+      if (Split) {
+        const __m512 h0 = _mm512_castsi512_ps(_mm512_slli_epi32(high[q], 16));
+        const __m512 h1 = _mm512_castsi512_ps(_mm512_and_si512(high[q], _mm512_set1_epi32(0xffff0000)));
+        const __m512bh rest = _mm512_cvtne2ps_pbh(_mm512_sub_ps(d1, h1), _mm512_sub_ps(d0, h0));
+        low[q] = _mm512_permutexvar_epi16(interleave, (__m512i)rest);
+      }
+    }
+    add_to(column_squares + j, columns, mask);
+    store(j, high, low);
+  }
+  for (int i = 0; i < group.rows; i++) squares[i] = _mm512_reduce_add_ps(square[i]);
+}
