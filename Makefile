@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test gpu lint format sanitize clean
+.PHONY: demo test gpu emulate lint format sanitize clean
 
 # PyTorch comes first and by itself: a machine without a GPU then keeps the build it is given here.
 $(VENV)/.torch:
@@ -31,6 +31,12 @@ gpu: $(VENV)/.dev
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu
 
+# The AMX bodies where there is AVX512-BF16 but no AMX: the tests of the operations with the tiles in memory.
+emulate: $(VENV)/.dev
+	CPPFLAGS=-DNCFAST_EMULATE_AMX NCFAST_CUDA=0 $(BIN)/python setup.py -q build -b build/emulated --build-lib build/emulated/lib
+	PYTHONPATH=build/emulated/lib NCFAST_CPU_ISA=amx $(BIN)/pytest \
+		tests/test_class_scatter.py tests/test_affine_argmax.py tests/test_pair_geometry.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,10 +48,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
+# With the tiles in memory, as sanitizers do not see what a tile instruction reads.
 sanitize:
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -w -pthread -fsanitize=address,undefined -fno-sanitize-recover=all -Icsrc \
-		csrc/sanitize.cpp csrc/cpu/*.cpp -o build/sanitize
+		-DNCFAST_EMULATE_AMX csrc/sanitize.cpp csrc/cpu/*.cpp -o build/sanitize
 	build/sanitize
 
 clean:

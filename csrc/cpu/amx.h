@@ -44,3 +44,7 @@ struct alignas(64) TileConfiguration {
 }
 
 }  // namespace ncfast
+
+#if defined(NCFAST_EMULATE_AMX)
+#include "cpu/tiles_emulated.h"
+#endif
