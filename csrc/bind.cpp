@@ -50,7 +50,7 @@ const std::vector<ncfast::Isa> kEvery(std::begin(ncfast::kIsas), std::end(ncfast
 const std::vector<ncfast::Isa> kMost = {ncfast::Isa::portable}, kEvery = kMost;
 #endif
 const std::map<std::string, std::vector<ncfast::Isa>> kBodies = {
-    {"class_scatter", kEvery}, {"affine_argmax", kMost}, {"pair_geometry", kMost}};
+    {"class_scatter", kEvery}, {"affine_argmax", kMost}, {"pair_geometry", kEvery}};
 
 ncfast::Isa selected(const std::string& operation) { return ncfast::select(named(kBodies, operation)); }
 

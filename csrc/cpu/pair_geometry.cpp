@@ -33,12 +33,22 @@ const PairBody& body_of(Isa isa) {
   }
 }
 
-// Null where there is nothing faster than float64.
-const PairScreen* screen_of([[maybe_unused]] Isa isa, [[maybe_unused]] int level) {
+// The levels below float64, the fastest first; at least one, and null where there are no more.
+const PairScreen* screen_of(Isa isa, int level) {
+  switch (isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::amx) return pair_screen_amx(level);
+    case Isa::avx2:
+      return level ? nullptr : pair_screen_avx2();
+    case Isa::avx512:
+      return level ? nullptr : pair_screen_avx512();
+    case Isa::avx512_bf16:
+      return level ? pair_screen_avx512() : pair_screen_avx512_bf16();
+    case Isa::amx:
+      return pair_screen_amx(level);
 #endif
-  return nullptr;
+    default:
+      return level ? nullptr : pair_screen_portable();
+  }
 }
 
 // tasks(i, slot) for i in [0, count), polling in between.
@@ -485,37 +495,25 @@ void decision_bound(const DecisionRadius& call, Isa isa, int threads, const std:
   const RadiusNumbers numbers(call, body, false, threads);
   RadiusRows rows = numbers.rows();
   const double down = 1 - 2 * product_error(p);  // the rounding of the norms
-  const auto sweep = [&](const std::function<void(int64_t I, int64_t J, double* scores)>& scores_of) {
-    run_tasks(threads, blocks, poll, [&](int64_t block, int) {
-      alignas(64) double scores[kSide * kSide], least[kSide];
-      const int64_t I = block * kSide;
-      std::fill_n(least, kSide, kInfinity);
-      for (int64_t J = 0; J < C; J += kSide) {
-        scores_of(I, J, scores);
-        body.reduce_bound(rows, I, J, scores, least);
-      }
-      for (int64_t i = 0; i < kSide && I + i < A; i++) {
-        call.radii[I + i] = least[i] > 0 ? least[i] * down : -kInfinity;
-      }
-    });
-  };
-  if (const PairScreen* screen = screen_of(isa, 0)) {
-    const ScreenBlocks weight(*screen, call.weight, rows.norms, C, p, threads);
-    const ScreenBlocks right(*screen, call.anchors, rows.anchor_norm, A, p, threads);
-    const ScreenBlocks anchors(right, nullptr, A, threads);
-    rows.unit = anchors.unit(weight);
-    sweep([&](int64_t I, int64_t J, double* scores) {
-      alignas(64) float cosines[kSide * kSide];
-      screen->products(anchors.at(I), nullptr, weight.at(J), p, cosines, nullptr);
+  const PairScreen& screen = *screen_of(isa, 0);
+  const ScreenBlocks weight(screen, call.weight, rows.norms, C, p, threads);
+  const ScreenBlocks right(screen, call.anchors, rows.anchor_norm, A, p, threads);
+  const ScreenBlocks anchors(right, nullptr, A, threads);
+  rows.unit = anchors.unit(weight);
+  run_tasks(threads, blocks, poll, [&](int64_t block, int) {
+    alignas(64) float cosines[kSide * kSide];
+    alignas(64) double scores[kSide * kSide], least[kSide];
+    const int64_t I = block * kSide;
+    std::fill_n(least, kSide, kInfinity);
+    for (int64_t J = 0; J < C; J += kSide) {
+      screen.products(anchors.at(I), nullptr, weight.at(J), p, cosines, nullptr);
       unscale(cosines, rows.anchor_norm + I, rows.norms + J, scores);
-    });
-  } else {
-    const Panels weight(call.weight, C, p, threads), anchors(call.anchors, A, p, threads);
-    rows.unit = product_error(p);
-    sweep([&](int64_t I, int64_t J, double* scores) {
-      body.products(anchors.from(I), weight.from(J), p, scores);
-    });
-  }
+      body.reduce_bound(rows, I, J, scores, least);
+    }
+    for (int64_t i = 0; i < kSide && I + i < A; i++) {
+      call.radii[I + i] = least[i] > 0 ? least[i] * down : -kInfinity;
+    }
+  });
 }
 
 }  // namespace ncfast

@@ -6,7 +6,7 @@
 // close beside their norms, and cannot tell which of two nearly equal distances is the smaller. Such pairs
 // are evaluated once more from the difference of the rows: those too close for the Gram matrix, and those
 // whose bounds leave open which is the smallest. `decision_radius` asks no more of a Gram matrix than which
-// pairs those are, so where there are tiles of bfloat16 it looks there first.
+// pairs those are, so it looks at tiles of bfloat16 or float32 first.
 //
 //   task   kSide rows i, against every row j of its triangle or rectangle
 //     tile   kSide rows j at a time: products[j][i], then one of the reductions below
@@ -162,6 +162,10 @@ struct PairScreen {
 const PairBody* pair_body_portable();
 const PairBody* pair_body_avx2();
 const PairBody* pair_body_avx512();
+const PairScreen* pair_screen_portable();
+const PairScreen* pair_screen_avx2();
+const PairScreen* pair_screen_avx512();
+const PairScreen* pair_screen_avx512_bf16();
 constexpr int kScreenLevels = 2;
 const PairScreen* pair_screen_amx(int level);  // one bfloat16 per number, or two
 

@@ -18,6 +18,7 @@ namespace {
 }  // namespace
 
 const PairBody* pair_body_avx2() { return PairVectors<4>::body<3, 4>(); }
+const PairScreen* pair_screen_avx2() { return FloatScreen<8>::screen<3, 4>(); }
 
 }  // namespace ncfast
 

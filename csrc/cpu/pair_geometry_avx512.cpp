@@ -18,6 +18,7 @@ namespace {
 }  // namespace
 
 const PairBody* pair_body_avx512() { return PairVectors<8>::body<3, 8>(); }
+const PairScreen* pair_screen_avx512() { return FloatScreen<16>::screen<3, 8>(); }
 
 }  // namespace ncfast
 

@@ -13,5 +13,6 @@ namespace {
 }  // namespace
 
 const PairBody* pair_body_portable() { return PairVectors<2>::body<2, 4>(); }
+const PairScreen* pair_screen_portable() { return FloatScreen<4>::screen<2, 4>(); }
 
 }  // namespace ncfast
