@@ -87,6 +87,33 @@ def test_equal_rows_get_equal_decisions(backend):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 19, generator=generator).expand(40, 19)
     assert_decides(backend, features, torch.randn(9, 19, generator=generator))
+    for _ in range(20):  # on a wall, to the rounding of float64: either class will do, but one for all
+        weight = torch.randn(2, 19, dtype=torch.float64, generator=generator)
+        row, across = torch.randn(19, dtype=torch.float64, generator=generator), weight[0] - weight[1]
+        wall = (row - (row @ across) / (across @ across) * across).expand(40, 19)
+        with backends.forced("affine_argmax", backend):
+            decided = ncfast.affine_argmax(wall, weight)
+        assert (decided == decided[0]).all()
+
+
+def test_roundings_of_one_sign(backend):
+    """The worst case of a float32 sum: 512 products of 2⁻²⁵, each of them lost beside 1."""
+    row = torch.full((513,), 2.0**-12)
+    sums, single = torch.full((513,), 2.0**-13), torch.zeros(513)
+    row[0], sums[0], single[0] = 1, 1, 1 + 2.0**-17  # scores 1 + 2⁻¹⁶ and 1 + 2⁻¹⁷
+    # With their opposites, so that centring changes nothing.
+    assert_decides(backend, torch.stack([row, -row]), torch.stack([single, sums, -single, -sums]))
+
+
+def test_ties_that_centring_would_break(backend):
+    """Scores t Σx + 2⁴⁰ of the same integers in several orders: less a mean, they are rounded."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 1000, (24,), generator=generator).double()
+    weight = torch.stack([x[torch.randperm(24, generator=generator)] for _ in range(8)])
+    ties = torch.randint(1, 8, (30, 1), generator=generator).expand(30, 24)
+    others = torch.randint(1, 8, (30, 24), generator=generator)
+    features = torch.cat([ties, others]).float()
+    assert_decides(backend, features, weight, torch.full((8,), 2.0**40, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e30])
@@ -105,6 +132,53 @@ def test_partial_sums_beyond_float32(backend):
     weight[:, 69] *= 1 + 1e-3 * torch.randn(6, generator=generator)
     assert_decides(backend, features, weight)
     assert_decides(backend, features, weight, 1e38 * torch.randn(6, generator=generator))
+
+
+def test_squares_that_underflow(backend):
+    """Small integers times 2⁻⁵⁶⁰: every score is exact, most have ties, and all norms vanish."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randint(-3, 4, (200, 7), generator=generator).double() * 2.0**-560
+    weight = torch.randint(-2, 3, (12, 7), generator=generator).double()
+    assert_decides(backend, features, weight)
+    assert_decides(backend, features * 2.0**560, weight * 2.0**-560)
+
+
+def test_scores_in_range_of_weights_that_are_not(backend):
+    """Enough rows and classes for AMX's integers, whose sums times a class's scale alone leave float32."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 1e37 * torch.randn(300, 8, generator=generator)
+    features = 0.02 * torch.randn(4200, 8, generator=generator)
+    expected = (features.double() @ weight.double().T).argmax(1)
+    with backends.forced("affine_argmax", backend):
+        assert torch.equal(ncfast.affine_argmax(features, weight), expected)
+
+
+# Shapes whose rows a matrix-vector product of a BLAS adds up in more than one order.
+@pytest.mark.parametrize(("C", "p"), [(7, 5), (11, 19), (37, 64)])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_equal_means_are_ties(backend, C, p, offset):
+    generator = torch.Generator().manual_seed(C)
+    means = torch.randn(C, p, generator=generator, dtype=torch.float64) + offset
+    means = torch.cat([means, means.flip(0), means])  # each mean three times
+    features = (means[:C].repeat(20, 1) + 0.3 * torch.randn(20 * C, p, generator=generator)).float()
+    with backends.forced("affine_argmax", backend):
+        decided = ncfast.nearest_class_center(features, means)
+    assert decided.max() < C
+    assert torch.equal(decided, (features.double()[:, None] - means[:C]).square().sum(2).argmin(1))
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e6, 1e9])
+def test_centers_far_from_the_origin(backend, offset):
+    """float64 samples off their walls by more than the rounding of what is given."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(50, 16, generator=generator, dtype=torch.float64) + offset
+    features = torch.randn(5000, 16, generator=generator, dtype=torch.float64) + offset
+    nearest = (features[:, None] - means).square().sum(2).topk(2, largest=False)
+    clear = nearest.values[:, 1] - nearest.values[:, 0] > 32 * 16 * 2.0**-53 * offset
+    assert clear.sum() > 4900
+    with backends.forced("affine_argmax", backend):
+        decided = ncfast.nearest_class_center(features, means)
+    assert torch.equal(decided[clear], nearest.indices[clear, 0])
 
 
 def test_exact_ties_of_centers(backend):

@@ -42,18 +42,13 @@ struct PackedRule {
       const Operand out = {panel.get() + first * body.bytes(p, level), scale.data() + first};
       body.pack_rule(rule.weight, rule.C, p, level, first, out, &norms[task]);
     });
-    for (const Norms& n : norms) {
-      // fmax would forget a NaN; a NaN here makes every bound NaN, and no row decided.
-      largest.seen = n.seen <= largest.seen ? largest.seen : n.seen;
-      largest.residual = n.residual <= largest.residual ? largest.residual : n.residual;
-      largest.low = n.low <= largest.low ? largest.low : n.low;
-    }
-    largest.residual += rule.weight_slack;
+    for (const Norms& n : norms) keep_larger(&largest, n);
+    constexpr double kLost = 0x1p-537;  // the root of the least square: what the norms may have lost a number
+    largest.residual += rule.weight_slack + std::sqrt(static_cast<double>(p)) * kLost;
     bias_slack = rule.bias_slack;
     for (int64_t c = 0; c < rule.C; c++) {
       bias[c] = static_cast<float>(rule.bias[c]);
-      const double magnitude = std::abs(rule.bias[c]);
-      largest_bias = magnitude <= largest_bias ? largest_bias : magnitude;
+      largest_bias = larger(largest_bias, std::abs(rule.bias[c]));
     }
   }
 };
@@ -68,8 +63,9 @@ double error_bound(const Norms& row, const PackedRule& rule, double depth, int64
       depth * u * (row.seen * v.seen + rule.largest_bias) + u * rule.largest_bias + rule.bias_slack;
   const double error =
       row.residual * (v.seen + v.residual) + row.seen * v.residual + row.low * v.low + rounding;
-  return error < kInRange ? error * (1 + 1e-6) + (depth + p) * kUnderflow
-                          : std::numeric_limits<double>::infinity();
+  // Products that are denormal, and numbers that are where a thread takes those for zero.
+  const double underflow = (depth + p) * (1 + row.seen + v.seen) * kUnderflow;
+  return error < kInRange ? error * (1 + 1e-6) + underflow : std::numeric_limits<double>::infinity();
 }
 
 class Scorer {
@@ -98,11 +94,10 @@ class Scorer {
     const int64_t blocks = (count + rows - 1) / rows;
     const size_t block_bytes = rows * body_.bytes(p, level);
     const size_t slot_bytes = round_up(block_bytes, 4096) + round_up(body_.scratch(rows), 4096);
-    const int slots = static_cast<int>(std::min<int64_t>(threads_, blocks));
-    const Memory<char> buffers = allocate<char>(slot_bytes * slots);
+    const Memory<char> buffers = allocate<char>(slot_bytes * threads_);
     const double depth = body_.depth(p, level);
     for (int64_t start = 0; start < blocks; start += kBlocksPerPoll) {
-      parallel_for(slots, std::min(kBlocksPerPoll, blocks - start), [&](int64_t task, int slot) {
+      parallel_for(threads_, std::min(kBlocksPerPoll, blocks - start), [&](int64_t task, int slot) {
         float scale[kMaxBlockRows];
         const Operand block = {buffers.get() + slot * slot_bytes, scale};
         char* scratch = block.numbers + round_up(block_bytes, 4096);

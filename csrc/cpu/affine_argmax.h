@@ -10,10 +10,12 @@
 // level 0 that decides wide margins only is tried on a sample of the rows, and left out where it would decide
 // too few.
 //
-//   E = |d - d^| max|v| + |d^| max|v - v^| + |d_lo| max|v_lo| + depth u (|d^| max|v^| + max|b|) + underflow
+//   E = |d - d^| max|v| + |d^| max|v - v^| + |d_lo| max|v_lo| + depth u (|d^| max|v^| + max|b|) + u max|b|
+//       + slack of b + underflow
 //
-// The norms are the actual ones, measured while packing: half of what the formats guarantee. The third term
-// is the product that level 1 leaves out; `depth` is the longest chain of additions a product goes through.
+// The norms are the actual ones, measured while packing: half of what the formats guarantee; |v - v^| has the
+// slack of the weight in it. The third term is the product that the last level leaves out, the next to last
+// the rounding of the bias; `depth` is the longest chain of additions a product goes through.
 #pragma once
 
 #include <cstddef>
@@ -53,6 +55,14 @@ struct Norms {
   double residual;  // |x - x^|
   double low;       // |x_lo|: the part that meets its like in no product; 0 where every product is made
 };
+
+// A NaN stays: it makes every bound NaN, and no row decided.
+inline double larger(double most, double value) { return value <= most ? most : value; }
+
+inline void keep_larger(Norms* most, const Norms& norms) {
+  *most = {larger(most->seen, norms.seen), larger(most->residual, norms.residual),
+           larger(most->low, norms.low)};
+}
 
 // The best two scores of one row over the classes of a rule.
 struct TopTwo {

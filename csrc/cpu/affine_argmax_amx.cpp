@@ -11,7 +11,6 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -81,10 +80,7 @@ struct TileArgmax {
       } else {
         panel.scale[c] = pack_integers(row, p, out, found);
       }
-      for (double& square : found) square = std::sqrt(square);
-      norms->seen = found[0] <= norms->seen ? norms->seen : found[0];
-      norms->residual = found[1] <= norms->residual ? norms->residual : found[1];
-      norms->low = found[2] <= norms->low ? norms->low : found[2];
+      keep_larger(norms, {std::sqrt(found[0]), std::sqrt(found[1]), std::sqrt(found[2])});
     }
   }
 
@@ -232,7 +228,9 @@ struct TileArgmax {
           if constexpr (Level == 0) {
             Vec<int32_t, 16> whole;
             std::memcpy(&whole, scores + r * kSide + half * 16, sizeof whole);
-            score = __builtin_convertvector(whole, Vec<float, 16>) * scale[half] * row_scale[r] + added[half];
+            // Both scales at once: with one of them alone a score may leave the range that was bounded.
+            score =
+                __builtin_convertvector(whole, Vec<float, 16>) * (scale[half] * row_scale[r]) + added[half];
           } else {
             std::memcpy(&score, scores + r * kSide + half * 16, sizeof score);
           }

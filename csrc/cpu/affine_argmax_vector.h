@@ -62,8 +62,7 @@ struct FloatArgmax {
         seen += static_cast<double>(rounded) * rounded;
         residual += (exact - rounded) * (exact - rounded);
       }
-      norms->seen = std::sqrt(seen) <= norms->seen ? norms->seen : std::sqrt(seen);
-      norms->residual = std::sqrt(residual) <= norms->residual ? norms->residual : std::sqrt(residual);
+      keep_larger(norms, {std::sqrt(seen), std::sqrt(residual), 0});
     }
   }
 

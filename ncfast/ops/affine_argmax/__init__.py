@@ -16,8 +16,10 @@ def affine_argmax(
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Decide argmax_c ⟨v_c, h⟩ + b_c for every row h, without ever holding the [N, C] scores.
 
-    The answer is the float64 answer whatever the dtype of the features: all inputs are taken as exact, scores
-    are those of float64 arithmetic. Ties go to the lowest index.
+    The answer is the float64 answer whatever the dtype of the features: all inputs are taken as exact, and
+    the answer is the exact one wherever float64 arithmetic can tell. Of a row whose best scores are closer
+    than its rounding errors it is the best of the scores as `ncfast.reference` adds them up, equal ones of
+    equal classes among them. Ties go to the lowest index.
 
     Args:
         features: [N, p] float32, float64, bfloat16 or float16.
@@ -79,16 +81,19 @@ def nearest_class_center(features: torch.Tensor, means: torch.Tensor) -> torch.T
 def center_rule(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest-class-centre rule as an affine rule (V [C, p], b [C]) in float64.
 
-    Written about m̄, the average of the means, so that a large common offset costs no digits:
-    v_c = μ_c − m̄ and ⟨v_c, h⟩ + b_c = ⟨v_c, h − m̄⟩ − ½‖v_c‖².
+    Written about a point m, so that a large common offset costs no digits: v_c = μ_c − m and
+    ⟨v_c, h⟩ + b_c = ⟨v_c, h − m⟩ − ½‖v_c‖².
     """
     means = means.detach().double()
     middle = means.mean(0)
-    # A middle of few bits: subtracting it from means of few bits is exact, so that ties remain ties.
-    coarse = middle.to(torch.bfloat16).double()
+    # To the largest power of two in the spread of the means: v_c is about as large as that, and subtracting
+    # a point of so few bits from means of few bits is exact, so that ties remain ties.
+    unit = torch.exp2(torch.frexp((means - middle).abs().max()).exponent.double() - 1)
+    coarse = (middle / unit).round() * unit
     middle = torch.where(coarse.isfinite(), coarse, middle)
     centred = means - middle
-    return centred, -0.5 * centred.square().sum(1) - centred @ middle
+    # Equal means get equal biases, whichever their rows: a matrix-vector product would not see to that.
+    return centred, -(centred * (0.5 * centred + middle)).sum(1)
 
 
 def _decide(

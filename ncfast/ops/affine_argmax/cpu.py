@@ -2,10 +2,12 @@
 
 The ladder: on AMX 8-bit integers where a sample says that they decide most rows, one bfloat16 per number,
 then two, or float32 elsewhere; then float64 matrix products; then what even their rounding leaves open, ties
-among them, by the reference. A rung passes on the rows whose best two scores are closer than twice its error
-bound.
+among them, by the reference. A rung decides the rows whose best two scores are farther apart than twice its
+error bound; of others it scores the classes within that bound in float64, where they are few, and what is
+still open it passes on.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -84,18 +86,26 @@ def _about(middle: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, N: in
     centred = (exact - mean).contiguous()
     moved = bias.double() + centred @ middle.double()
     level = moved.mean()
-    longest = float(exact.norm(dim=1).max())
-    largest = (
-        float(bias.double().abs().max()) + 2 * longest * float(middle.double().norm()) + abs(float(level))
-    )
+    longest, reach = float(_norms(exact).max()), float(_norms(middle.double()[None]))
+    largest = float(bias.double().abs().max()) + 2 * longest * reach + abs(float(level))
     return _Rule(
         weight=centred,
         bias=(moved - level).contiguous(),
-        weight_slack=unit * (longest + float(mean.norm())),
-        bias_slack=unit * (middle.shape[0] + 8) * largest,
+        weight_slack=unit * (longest + float(_norms(mean[None]))),
+        bias_slack=unit * (middle.shape[0] + 8) * largest + _lost(middle.shape[0]),
         decisions=torch.empty(N, dtype=torch.int64),
         decided=torch.empty(N, dtype=torch.bool),
     )
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """[N]: the norms of rows [N, p], and what squares that underflow can take from them."""
+    return rows.norm(dim=1) + math.sqrt(rows.shape[1]) * 2.0**-537
+
+
+def _lost(p: int) -> float:
+    """What p products in float64 lose where they underflow."""
+    return p * 2.0**-1074
 
 
 def _decide_the_rest(
@@ -106,17 +116,18 @@ def _decide_the_rest(
     if len(undecided) == 0:
         return
     C, p = rule.weight.shape
-    longest, largest = float(rule.weight.norm(dim=1).max()), float(rule.bias.abs().max())
+    if C == 1:
+        rule.decisions[undecided] = 0
+        return
+    longest, largest = float(_norms(rule.weight).max()), float(rule.bias.abs().max())
     for rows in undecided.split(max(1, _SCORES // max(C, p))):
         h = features[rows]
         centred = h.double() - middle.double()
-        norm = centred.norm(dim=1)
-        if C == 1:
-            rule.decisions[rows] = 0
-            continue
+        norm = _norms(centred)
         best = torch.topk(torch.addmm(rule.bias, centred, rule.weight.T), 2)
         # p products and as many additions, each rounded by 2⁻⁵³; norms rounded as much again.
-        bound = (p + 8) * 2.0**-52 * (norm * longest + largest) + norm * rule.weight_slack + rule.bias_slack
+        bound = (p + 8) * 2.0**-52 * (norm * longest + largest) + norm * rule.weight_slack
+        bound += rule.bias_slack + _lost(p)
         decided = best.values[:, 0] - best.values[:, 1] > 2 * bound
         rule.decisions[rows[decided]] = best.indices[decided, 0]
         if not decided.all():
