@@ -195,17 +195,17 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
   const std::vector<double> norms = roots_of(squares);
   std::vector<double> inverse(squares.size()), variances(squares.size());
   for (int64_t c = 0; c < C; c++) {
-    inverse[c] = squares[c] > 0 ? 1 / norms[c] : kNan;
+    inverse[c] = squares[c] > 0 && std::isfinite(squares[c]) ? 1 / norms[c] : kNan;
     if (call.variances) variances[c] = call.variances[c];
   }
   const PairRows rows = {C, p, call.vectors, squares.data(), norms.data(), inverse.data(), variances.data()};
-  const int64_t room = std::max<int64_t>(4 * kSide * kSide, 8 * C);
+  const int64_t room = std::max<int64_t>(4 * kSide * kSide, 8 * C / threads);
   std::vector<Nearest> nearest(threads * C, {kInfinity, std::numeric_limits<int64_t>::max()});
   std::vector<double> most(threads * C, kInfinity);
-  std::vector<Candidate> waiting(threads * room);
+  const Memory<Candidate> waiting = allocate<Candidate>(threads * room);
   std::vector<Search> search(threads);
   for (int slot = 0; slot < threads; slot++) {
-    search[slot] = {&nearest[slot * C], &most[slot * C], &waiting[slot * room], 0, room};
+    search[slot] = {&nearest[slot * C], &most[slot * C], waiting.get() + slot * room, 0, room};
   }
   const Projection projection = project({C, p, call.vectors, call.vectors}, body, threads);
   std::vector<PairSums> sums(blocks);
@@ -240,7 +240,7 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
       if (other.square < best.square || (other.square == best.square && other.index < best.index))
         best = other;
     }
-    const bool found = best.index < C;  // nothing is nearest to a row with a NaN
+    const bool found = best.index < C;
     call.nearest_distance[c] = found ? std::sqrt(best.square) : kNan;
     call.nearest_index[c] = found ? best.index : 0;
   }
@@ -248,8 +248,8 @@ void pair_geometry(const PairGeometry& call, Isa isa, int threads, const std::fu
   const bool directed = !std::isnan(deviation);
   *call.statistics = {deviation - simplex,
                       std::sqrt(all.deviation_squares / all.pairs),
-                      directed ? all.low : kNan,
-                      directed ? all.high : kNan,
+                      directed ? std::max(all.low, -1.0) : kNan,  // not by rounding beyond a cosine
+                      directed ? std::min(all.high, 1.0) : kNan,
                       all.absolute / all.pairs,
                       all.kernel / all.pairs,
                       std::sqrt(all.kernel_squares / all.pairs),
@@ -415,7 +415,7 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
   threads = threads_for(threads, (centres ? 1.0 : 2.0) * A * C * p);
   const RadiusNumbers numbers(call, body, centres, threads);
   RadiusRows rows = numbers.rows();
-  std::vector<Candidate> waiting(threads * kRadiusRoom);
+  const Memory<Candidate> waiting = allocate<Candidate>(threads * kRadiusRoom);
   const Memory<double> tiles = allocate<double>(int64_t{threads} * 2 * kSide * kSide);
   // Decides the blocks in `todo`; if `impatient` hands those back of which too many walls would be
   // evaluated.
@@ -424,7 +424,7 @@ void decision_radius(const DecisionRadius& call, Isa isa, int threads, const std
     run_tasks(threads, static_cast<int64_t>(todo.size()), poll, [&](int64_t task, int slot) {
       double *gram = tiles.get() + slot * 2 * kSide * kSide, *scores = gram + kSide * kSide;
       const int64_t block = todo[task], I = block * kSide;
-      RadiusSearch search = {{}, &waiting[slot * kRadiusRoom], 0, kRadiusRoom};
+      RadiusSearch search = {{}, waiting.get() + slot * kRadiusRoom, 0, kRadiusRoom};
       std::fill_n(search.most, kSide, kInfinity);
       std::fill_n(call.radii + I, std::min<int64_t>(kSide, A - I), kInfinity);
       for (int64_t J = 0; J < C; J += kSide) {

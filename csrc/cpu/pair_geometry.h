@@ -1,12 +1,12 @@
-// pair_geometry on the CPU: what all pairs of rows say, from tiles of their Gram matrix in float64. Three
-// sweeps over the same tiles: `pair_geometry`, `etf_error`, and
-// `decision_radius`. No more than O(C p) is held.
+// pair_geometry on the CPU: what all pairs of rows say, from tiles of their Gram matrix. Four sweeps over
+// such tiles: `pair_geometry`, `etf_error`, `decision_radius` and `decision_bound`. No more than O(C (p +
+// threads)) is held.
 //
-// A product <u, v> is off by at most p 2^-53 |u| |v|, so a Gram matrix loses the distance of rows that are
-// close beside their norms, and cannot tell which of two nearly equal distances is the smaller. Such pairs
-// are evaluated once more from the difference of the rows: those too close for the Gram matrix, and those
-// whose bounds leave open which is the smallest. `decision_radius` asks no more of a Gram matrix than which
-// pairs those are, so it looks at tiles of bfloat16 or float32 first.
+// In float64 a product <u, v> is off by at most p 2^-53 |u| |v|, so a Gram matrix loses the distance of rows
+// that are close beside their norms, and cannot tell which of two nearly equal distances is the smaller. Such
+// pairs are evaluated once more from the difference of the rows: those too close for the Gram matrix, and
+// those whose bounds leave open which is the smallest. `decision_radius` asks no more of a Gram matrix than
+// which pairs those are, so it looks at tiles of bfloat16 or float32 first.
 //
 //   task   kSide rows i, against every row j of its triangle or rectangle
 //     tile   kSide rows j at a time: products[j][i], then one of the reductions below
@@ -20,6 +20,7 @@
 
 namespace ncfast {
 
+// Doubles in the order in which ncfast/ops/pair_geometry/cpu.py unpacks them.
 struct PairStatistics {
   double cosine_mean, cosine_std, cosine_min, cosine_max, max_angle_deviation, log_kernel_mean,
       log_kernel_std, etf_error, cdnv;
@@ -30,7 +31,7 @@ struct PairGeometry {
   const double* vectors;    // [C, p] contiguous
   const double* variances;  // [C] or null, which leaves cdnv 0
   PairStatistics* statistics;
-  double* nearest_distance;  // [C]
+  double* nearest_distance;  // [C] NaN for a row with a NaN, or with a norm beyond 1e150
   int64_t* nearest_index;    // [C]
 };
 
@@ -95,7 +96,7 @@ struct PairRows {
   const double* vectors;
   const double* squares;    // [C padded to kSide] |u|^2
   const double* norms;      // [C] |u|
-  const double* inverse;    // [C padded] 1 / |u|; NaN for a row of zeros
+  const double* inverse;    // [C padded] 1 / |u|; NaN for a row of zeros, or where |u|^2 overflows
   const double* variances;  // [C padded]
 };
 

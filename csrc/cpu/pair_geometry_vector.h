@@ -308,6 +308,8 @@ struct PairVectors {
       most = std::fabs(d) > most ? std::fabs(d) : most;
     }
     for (int l = 0; l < W; l++) most = largest[l] > most ? largest[l] : most;
+    // Nothing is known of a lead that overflows: it must not pass for an infinite distance, as a bias may.
+    if (!std::isfinite(lead)) return __builtin_nan("");
     lead += call.bias[a] - call.bias[c];
     if (most == 0 && square == 0) {  // no boundary: the larger bias wins everywhere, then the lower index
       return lead > 0 || (lead == 0 && c > a) ? __builtin_inf() : -__builtin_inf();
@@ -446,7 +448,9 @@ struct FloatScreen {
     }
   }
 
-  static double depth(int64_t p) { return static_cast<double>(kSteps + (p + kSteps - 1) / kSteps); }
+  static double depth(int64_t p) {
+    return static_cast<double>((p < kSteps ? p : kSteps) + (p + kSteps - 1) / kSteps);
+  }
 
   // tile[j][i] += over `steps` columns from k, for A vectors of rows from i by B rows from j.
   template <int A, int B>

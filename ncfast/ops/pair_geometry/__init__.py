@@ -45,8 +45,9 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None = None) 
 
     Returns:
         PairGeometry. A row of zeros has no direction: every cosine and kernel statistic is then NaN. Two rows
-        of equal direction put an infinity in the kernel's, two equal rows one in the CDNV. Norms whose
-        squares leave the range of float64 (below 1e-150, above 1e150) make them NaN or 0.
+        whose directions are equal in float64 put an infinity in the kernel's, two equal rows one in the CDNV.
+        Norms beyond 1e150 may make them NaN, and norms below 1e-150 cost them digits. A row with a NaN makes
+        them NaN, and leaves no meaning in the nearest distances.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree; C < 2.
@@ -117,7 +118,9 @@ def decision_radius(
         classes: [A] integers, the class a of each anchor; None for 0 … C − 1, when A = C.
 
     Returns:
-        [A] float64, in the units of the features, off by at most (p + 4) 2⁻⁵² (‖μ_a‖ + |ρ_a|).
+        [A] float64, in the units of the features, off by at most (p + 4) 2⁻⁵² (‖μ_a‖ + |ρ_a|) as long as the
+        products of their entries and those of the weight are normal numbers. NaN or −∞ where
+        they overflow.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not agree.
@@ -128,29 +131,8 @@ def decision_radius(
         given = None if bias is None else bias.detach()
         rule = weight.detach(), given
         return cast(torch.Tensor, torch.ops.ncfast.decision_radius(*rule, anchors.detach(), classes))
-    _check_rows(weight, "weight", minimum=1)
-    _check_rows(anchors, "anchors", minimum=0)
-    C = weight.shape[0]
-    bias = weight.new_zeros(C) if bias is None else bias
-    classes = torch.arange(C, device=weight.device) if classes is None else classes
-    if not isinstance(classes, torch.Tensor) or classes.dtype not in LABEL_DTYPES:
-        raise TypeError("classes must be a torch.Tensor of integers")
-    if classes.ndim != 1:
-        raise ValueError(f"classes must have shape [A], got {list(classes.shape)}")
-    _check_floating(bias, "bias")
-    if bias.shape != (C,):
-        raise ValueError(f"bias must have shape [{C}], got {list(bias.shape)}")
-    if anchors.shape != (classes.shape[0], weight.shape[1]):
-        raise ValueError(
-            f"anchors must have shape {[classes.shape[0], weight.shape[1]]}, got {list(anchors.shape)}"
-        )
-    for tensor, name in ((bias, "bias"), (anchors, "anchors"), (classes, "classes")):
-        _check_device(tensor, name, weight, "weight")
-    classes = classes.detach().long()
-    if classes.device.type == "cpu" and ((classes < 0) | (classes >= C)).any():
-        raise ValueError(f"classes must lie in [0, {C})")
-    run = dispatch.select("pair_geometry", weight, "decision_radius")
-    return run(weight.detach().double(), bias.detach().double(), anchors.detach().double(), classes)
+    checked = _checked_anchors(weight, bias, anchors, classes)
+    return dispatch.select("pair_geometry", weight, "decision_radius")(*checked)
 
 
 def radius_bound(
@@ -162,9 +144,9 @@ def radius_bound(
     equally near, which is where training leads. None where the backend has nothing cheaper than
     `decision_radius`.
     """
-    exact = dispatch.select("pair_geometry", weight, "decision_radius")
-    run = dispatch.beside(exact, "radius_bound")
-    return None if run is None else run(weight.double(), bias.double(), anchors.double(), classes)
+    checked = _checked_anchors(weight, bias, anchors, classes)
+    run = dispatch.beside(dispatch.select("pair_geometry", weight, "decision_radius"), "radius_bound")
+    return None if run is None else run(*checked)
 
 
 # What torch.compile sees of the three functions. A CDNV that was not asked for is an empty tensor.
@@ -220,6 +202,34 @@ def _check_rows(rows: torch.Tensor, name: str, minimum: int) -> None:
     _check_floating(rows, name)
     if rows.ndim != 2 or rows.shape[0] < minimum or rows.shape[1] == 0:
         raise ValueError(f"{name} must have shape [C, p] with C ≥ {minimum}, p ≥ 1, got {list(rows.shape)}")
+
+
+def _checked_anchors(
+    weight: torch.Tensor, bias: torch.Tensor | None, anchors: torch.Tensor, classes: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same in float64 and int64, with nothing left out."""
+    _check_rows(weight, "weight", minimum=1)
+    _check_rows(anchors, "anchors", minimum=0)
+    C = weight.shape[0]
+    bias = weight.new_zeros(C) if bias is None else bias
+    classes = torch.arange(C, device=weight.device) if classes is None else classes
+    if not isinstance(classes, torch.Tensor) or classes.dtype not in LABEL_DTYPES:
+        raise TypeError("classes must be a torch.Tensor of integers")
+    if classes.ndim != 1:
+        raise ValueError(f"classes must have shape [A], got {list(classes.shape)}")
+    _check_floating(bias, "bias")
+    if bias.shape != (C,):
+        raise ValueError(f"bias must have shape [{C}], got {list(bias.shape)}")
+    if anchors.shape != (classes.shape[0], weight.shape[1]):
+        raise ValueError(
+            f"anchors must have shape {[classes.shape[0], weight.shape[1]]}, got {list(anchors.shape)}"
+        )
+    for tensor, name in ((bias, "bias"), (anchors, "anchors"), (classes, "classes")):
+        _check_device(tensor, name, weight, "weight")
+    classes = classes.detach().long()
+    if classes.device.type == "cpu" and ((classes < 0) | (classes >= C)).any():
+        raise ValueError(f"classes must lie in [0, {C})")
+    return weight.detach().double(), bias.detach().double(), anchors.detach().double(), classes
 
 
 def _check_device(tensor: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> None:

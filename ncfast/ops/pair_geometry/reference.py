@@ -16,7 +16,8 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None) -> Pair
     """Build every pair's cosine, distance and kernel, then reduce."""
     C = vectors.shape[0]
     pairs = ~torch.eye(C, dtype=torch.bool, device=vectors.device)
-    units = vectors / vectors.norm(dim=1, keepdim=True)
+    scaled = vectors / vectors.abs().amax(1, keepdim=True)  # squares of norms might overflow
+    units = scaled / scaled.norm(dim=1, keepdim=True)
     cosines = (units @ units.T)[pairs]
     kernels = -_distances(units)[pairs].log()
     distances = _distances(vectors)
@@ -27,8 +28,8 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None) -> Pair
     return PairGeometry(
         cosine_mean=cosines.mean(),
         cosine_std=cosines.std(correction=0),
-        cosine_min=cosines.min(),
-        cosine_max=cosines.max(),
+        cosine_min=cosines.min().clamp(min=-1.0),  # not by rounding beyond a cosine
+        cosine_max=cosines.max().clamp(max=1.0),
         max_angle_deviation=(cosines + 1 / (C - 1)).abs().mean(),
         log_kernel_mean=kernels.mean(),
         log_kernel_std=kernels.std(correction=0),
@@ -59,7 +60,9 @@ def decision_radius(
     every = torch.arange(weight.shape[0], device=weight.device)
     for i, a in enumerate(classes.tolist()):
         difference = weight[a] - weight
-        lead = difference @ anchors[i] + (bias[a] - bias)
+        lead = difference @ anchors[i]
+        # Nothing is known of a lead that overflows: it must not pass for an infinite distance, as a bias may.
+        lead = torch.where(lead.isfinite(), lead, torch.nan) + (bias[a] - bias)
         largest = difference.abs().amax(1)
         # Scaled before it is squared: a tiny difference must not underflow to none.
         length = largest * (difference / largest[:, None]).norm(dim=1)

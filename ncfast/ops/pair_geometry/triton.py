@@ -171,6 +171,7 @@ def _radii(
             lead += difference * tl.load(anchors + row, used, 0.0)[:, None]
             square += difference * difference
             differ |= (difference != 0).to(tl.int32)
+        lead = tl.where(tl.abs(lead) < float("inf"), lead, float("nan"))  # an overflow is no distance
         lead += bias_a[:, None] - tl.load(bias + c, c < C, 0.0)[None, :]
         # No boundary where the rows are equal: the larger bias wins everywhere, then the lower index.
         wins = (lead > 0) | ((lead == 0) & (c[None, :] > a[:, None]))
@@ -254,8 +255,8 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None) -> Pair
         cosine_mean=cosine_mean,
         cosine_std=cosine_std,
         # tl.min and tl.max pass over a NaN, the mean does not
-        cosine_min=torch.where(cosine_mean.isnan(), torch.nan, lowest.min()),
-        cosine_max=torch.where(cosine_mean.isnan(), torch.nan, highest.max()),
+        cosine_min=torch.where(cosine_mean.isnan(), torch.nan, lowest.min().clamp(min=-1.0)),
+        cosine_max=torch.where(cosine_mean.isnan(), torch.nan, highest.max().clamp(max=1.0)),
         max_angle_deviation=deviations.sum() / pairs,
         log_kernel_mean=kernel_mean,
         log_kernel_std=kernel_std,
