@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -54,31 +55,53 @@ int64_t label_at(const ClassScatter& call, int64_t i) {
 }
 
 // The rows of one chunk that are in use, by class and within a class as they came.
-struct Order {
-  std::vector<int32_t> given;  // the label of each row of the chunk, -1 for those left out
-  std::vector<int32_t> row, label;
-  std::vector<int64_t> start;
+class Order {
+ public:
+  struct Row {
+    int32_t place, label;  // the place is that in the chunk
+  };
 
-  // Labels are read once: another thread may be writing them.
-  void sort(const ClassScatter& call, int64_t first, int64_t rows) {
-    given.resize(rows);
-    start.assign(call.C + 1, 0);
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t y = label_at(call, first + i);
-      const bool used = y >= 0 && y < call.C && y != call.ignore_index;
-      given[i] = used ? static_cast<int32_t>(y) : -1;
-      if (used) start[y + 1]++;
+  explicit Order(int64_t most) : given_(new int32_t[most]), sorted_(new Row[most]) {}
+
+  // Each thread counts a piece of the rows, and then writes them to places of its own: how many pieces there
+  // are does not show. Labels are read once: another thread may be writing them.
+  void sort(const ClassScatter& call, int64_t first, int64_t rows, int threads) {
+    const int64_t C = call.C, pieces = std::clamp<int64_t>(rows / std::max(kLeastPiece, 4 * C), 1, threads);
+    std::vector<int64_t> next(pieces * C);
+    const auto for_pieces = [&](const auto& run) {
+      parallel_for(threads, pieces, [&](int64_t piece, int) {
+        run(&next[piece * C], rows * piece / pieces, rows * (piece + 1) / pieces);
+      });
+    };
+    for_pieces([&](int64_t* count, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t y = label_at(call, first + i);
+        const bool used = y >= 0 && y < C && y != call.ignore_index;
+        given_[i] = used ? static_cast<int32_t>(y) : -1;
+        if (used) count[y]++;
+      }
+    });
+    used_ = 0;
+    for (int64_t c = 0; c < C; c++) {
+      for (int64_t piece = 0; piece < pieces; piece++) used_ += std::exchange(next[piece * C + c], used_);
     }
-    for (int64_t c = 0; c < call.C; c++) start[c + 1] += start[c];
-    row.resize(start[call.C]);
-    label.resize(start[call.C]);
-    for (int64_t c = 0; c < call.C; c++)
-      std::fill(label.begin() + start[c], label.begin() + start[c + 1], static_cast<int32_t>(c));
-    std::vector<int64_t>& at = start;  // afterwards start[c] is where class c ends
-    for (int64_t i = 0; i < rows; i++) {
-      if (given[i] >= 0) row[at[given[i]]++] = static_cast<int32_t>(i);
-    }
+    for_pieces([&](int64_t* at, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int32_t y = given_[i];
+        if (y >= 0) sorted_[at[y]++] = {static_cast<int32_t>(i), y};
+      }
+    });
   }
+
+  int64_t used() const { return used_; }
+  const Row& operator[](int64_t sorted) const { return sorted_[sorted]; }
+  bool leaves_out(int64_t place) const { return given_[place] < 0; }
+
+ private:
+  static constexpr int64_t kLeastPiece = 1 << 14;  // rows
+  const std::unique_ptr<int32_t[]> given_;  // the label of each row of the chunk, -1 for those left out
+  const std::unique_ptr<Row[]> sorted_;
+  int64_t used_ = 0;
 };
 
 // What the strips of a block cannot add to the results themselves. A strip adds to the sums of the classes
@@ -108,7 +131,7 @@ template <class Real>
 class Pass {
  public:
   Pass(const ClassScatter& call, const ScatterBody& body, int threads, const std::function<void()>& poll)
-      : call_(call), body_(body), threads_(threads), poll_(poll) {}
+      : call_(call), body_(body), threads_(threads), poll_(poll), order_(std::min(call.N, kChunk)) {}
 
   void run() {
     const int64_t p = call_.p;
@@ -141,9 +164,9 @@ class Pass {
     for (int64_t first = 0; first < call_.N; first += kChunk) {
       chunk_ = first;
       const int64_t rows = std::min(kChunk, call_.N - first);
-      order_.sort(call_, first, rows);
+      order_.sort(call_, first, rows, threads_);
       fill_radii(rows);
-      const int64_t used = static_cast<int64_t>(order_.row.size());
+      const int64_t used = order_.used();
       for (int64_t start = 0; start < used; start += block_rows) {
         poll_();
         const int64_t end = std::min(used, start + block_rows);
@@ -170,14 +193,14 @@ class Pass {
     Real* radii = static_cast<Real*>(call_.radii);
     if (!radii) return;
     for (int64_t i = 0; i < rows; i++) {
-      if (order_.given[i] < 0) radii[chunk_ + i] = std::numeric_limits<Real>::quiet_NaN();
+      if (order_.leaves_out(i)) radii[chunk_ + i] = std::numeric_limits<Real>::quiet_NaN();
     }
   }
 
-  int32_t label_of(int64_t sorted) const { return order_.label[sorted]; }
+  int32_t label_of(int64_t sorted) const { return order_[sorted].label; }
 
   const char* feature_row(int64_t sorted) const {
-    return static_cast<const char*>(call_.features) + (chunk_ + order_.row[sorted]) * call_.row_bytes;
+    return static_cast<const char*>(call_.features) + (chunk_ + order_[sorted].place) * call_.row_bytes;
   }
 
   void pack(int64_t start, int64_t end, Carry& carry) {
@@ -259,7 +282,7 @@ class Pass {
           call_.counts[c]++;
         }
         if (call_.radii)
-          static_cast<Real*>(call_.radii)[chunk_ + order_.row[row + i]] = std::sqrt(squares[i]);
+          static_cast<Real*>(call_.radii)[chunk_ + order_[row + i].place] = std::sqrt(squares[i]);
       }
     }
     carry.sumsq[strip] = carried_sumsq;

@@ -151,5 +151,6 @@ def _exists(operation: str, backend: str) -> bool:
     return importlib.util.find_spec(f"ncfast.ops.{operation}.{backend}") is not None
 
 
+@functools.cache
 def _module(operation: str, backend: str) -> ModuleType:
     return importlib.import_module(f"ncfast.ops.{operation}.{backend}")
