@@ -10,7 +10,7 @@ from ncfast.ops.class_scatter import class_scatter
 
 from oracle import PRODUCTS, assert_scatter_close
 
-pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
+_cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
@@ -36,6 +36,13 @@ def compute(inputs, **options):
         assert a is b or torch.equal(a.nan_to_num(), b.nan_to_num())
     assert torch.equal(result.counts, truth.counts)
     return result, truth
+
+
+def test_the_device_is_taken():
+    current = torch.cuda.current_device()
+    assert _cuda.refuses(current) is None
+    assert "invalid device" in _cuda.refuses(torch.cuda.device_count())
+    assert torch.cuda.current_device() == current
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -30,6 +31,10 @@ void add(std::vector<Launch>* plan, const std::string& kernel, void (*function)(
 
 // Enqueues on `stream` of `device` and returns; throws std::runtime_error when CUDA refuses a launch.
 void run(const std::vector<Launch>& plan, int device, void* stream);
+
+// Why `device` cannot run this build's kernels: no machine code for it, or a driver older than the runtime.
+// Launches nothing.
+std::optional<std::string> refuses(int device);
 
 // Hands out the parts of a workspace, 256 bytes aligned; with a null workspace it only counts.
 class Carver {
