@@ -202,11 +202,32 @@ def test_long_runs(ptx):
     labels[kept] = torch.randint(0, C, kept.shape)
     shift = torch.randn(C, p)
     result, call, read = cuda.describe(features, labels, shift, False, True, "high", -100)
-    (join,) = [launch for launch in _cuda.plan(call, 0) if launch.kernel == "moments_join"]
-    assert join.grid == -(-N // 32) * -(-(p + 1) // 32)
+    groups = [-(-N // (32 * 32**level)) for level in (1, 2, 3)]  # of 32 runs of 32 rows; of 32 such; of these
+    joins = [one.grid for one in _cuda.plan(call, 0) if one.kernel == "moments_join"]
+    assert joins == [-(-9 * n // 8) for n in groups]  # 257 columns are nine tiles; a block has eight warps
+    assert groups[-1] == 1
     emulate(ptx, call, [*read, *(t for t in result if t is not None)], race=False)
     assert int(result.radii.isnan().sum()) == N - len(kept)
     assert_close(result._replace(radii=result.radii[kept]), features[kept], labels[kept], shift)
+
+
+def test_classes_of_many_runs(ptx):
+    """Runs of 8 rows, groups of 256, of 8192, of all: classes that end at the end of each, or one row beside.
+
+    Of whole numbers, whose sums are exact in any order.
+    """
+    ends = [255, 256, 512, 520, 527, 528, 768, 1025, 1280, 1282, 8192, 16384, 16385, 16385, 25_000, 25_003]
+    N, p, C = ends[-1], 4, len(ends)
+    counts = torch.tensor([0, *ends]).diff()
+    labels = torch.arange(C).repeat_interleave(counts)[torch.randperm(N)]
+    features, shift = torch.randint(-9, 10, (N, p)).float(), torch.randint(-9, 10, (C, p)).float()
+    result, ran = execute(ptx, features, labels, shift, race=False)
+    assert ran.count("moments_join") == 3
+    with ncfast.use_backend("reference"):
+        truth = class_scatter(features, labels, shift, scatter=False)
+    assert torch.equal(result.counts, counts)
+    assert torch.equal(result.sums, truth.sums)
+    assert torch.equal(result.sumsq, truth.sumsq)
 
 
 def test_ignored_rows_are_never_read(ptx):
@@ -461,6 +482,7 @@ def test_what_it_takes():
     wide = torch.zeros(1, 1, dtype=torch.float64)
     assert "float64" in cuda.lacks(wide)
     assert cuda.lacks(wide, scatter=False) is None
+    assert "dimensions" in cuda.lacks(torch.zeros(1, 1).expand(1, 2**30), scatter=False)
 
 
 def test_devices_with_little_shared_memory_are_left_to_triton(monkeypatch):
@@ -474,7 +496,7 @@ def test_devices_with_little_shared_memory_are_left_to_triton(monkeypatch):
     )
     for dtype, taken in ((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)):
         features, labels, shift = sample(40, 8, 2, dtype)
-        on_device = types.SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
+        on_device = types.SimpleNamespace(is_cuda=True, shape=(40, 8), dtype=dtype, device="cuda")
         reason = cuda.lacks(on_device)
         assert (reason is None) == taken
         assert cuda.lacks(on_device, scatter=False) is None
