@@ -397,19 +397,19 @@ int run_of(int64_t N, int team) {
 }
 
 struct Workspace {
+  Carver carver;
   unsigned *keys[2], *rows[2], *before, *totals, *starts;
   std::vector<double*> partials;  // of each level
-  int64_t tiles, runs, bytes;
+  int64_t tiles, runs;
   int team, run;
   int passes = 0;  // of the sort, from one side to the other
 
-  Workspace(const ClassMoments& call, void* memory) {
+  Workspace(const ClassMoments& call, void* memory) : carver(memory) {
     while (passes == 0 || call.C >> 8 * passes != 0) passes++;
     team = team_of(cover(call.p, aligned(call) ? 16 / element_bytes(call.dtype) : 1));
     run = run_of(call.N, team);
     tiles = cover(call.N, kTile);
     runs = cover(call.N, run);
-    Carver carver(memory);
     for (int side = 0; side < 2; side++) {
       keys[side] = carver.take<unsigned>(call.N);
       rows[side] = carver.take<unsigned>(call.N);
@@ -420,13 +420,12 @@ struct Workspace {
     for (int64_t n = runs; partials.empty() || n > 1; n = cover(n, kGroup)) {
       partials.push_back(carver.take<double>(n * 2 * (call.p + 1)));
     }
-    bytes = carver.used();
   }
 };
 
 }  // namespace
 
-int64_t class_moments_workspace(const ClassMoments& call) { return Workspace(call, nullptr).bytes; }
+Carver class_moments_workspace(const ClassMoments& call) { return Workspace(call, nullptr).carver; }
 
 ClassOrder class_moments_order(const ClassMoments& call, void* workspace) {
   const Workspace w(call, workspace);

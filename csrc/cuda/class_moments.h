@@ -49,8 +49,8 @@ inline bool aligned(const ClassMoments& call) {
   return reinterpret_cast<uintptr_t>(call.features) % 16 == 0 && call.row_bytes % 16 == 0;
 }
 
-// Bytes of device memory, aligned to 256, that the plan needs beside its outputs.
-int64_t class_moments_workspace(const ClassMoments& call);
+// What the plan needs beside its outputs: device memory aligned to 256.
+Carver class_moments_workspace(const ClassMoments& call);
 
 // Reads no device memory.
 std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace);

@@ -316,7 +316,7 @@ void add_pairs(std::vector<Launch>* plan, bool aligned, int planes, const Scatte
 
 Scatter carve(const ClassScatter& call, Carver* workspace) {
   const ClassMoments& m = call.moments;
-  void* of_moments = workspace->take<char>(class_moments_workspace(m));
+  void* of_moments = workspace->take<char>(class_moments_workspace(m).used());
   Scatter s = {};
   s.p = m.p;
   s.C = m.C;
@@ -340,10 +340,10 @@ int class_scatter_shared(Dtype dtype, int planes) {
          static_cast<int>(sizeof(float[kWarps][kSide]));
 }
 
-int64_t class_scatter_workspace(const ClassScatter& call) {
+Carver class_scatter_workspace(const ClassScatter& call) {
   Carver nothing(nullptr);
   carve(call, &nothing);
-  return nothing.used();
+  return nothing;
 }
 
 std::vector<Launch> class_scatter_plan(const ClassScatter& call, void* workspace) {

@@ -33,7 +33,7 @@ struct ClassScatter {
 // Bytes of shared memory that a block takes.
 int class_scatter_shared(Dtype dtype, int planes);
 
-int64_t class_scatter_workspace(const ClassScatter& call);
+Carver class_scatter_workspace(const ClassScatter& call);
 
 // Reads no device memory.
 std::vector<Launch> class_scatter_plan(const ClassScatter& call, void* workspace);
