@@ -318,6 +318,26 @@ def test_every_bound_is_checked(ptx, withheld, scatter):
         emulate(ptx, call, allowed)
 
 
+def test_alignment_is_checked(ptx, monkeypatch):
+    """Nor does the emulator let pass 16 bytes read from rows that begin 4 bytes off."""
+    features, labels, shift = sample(17, 8, 2)
+    _, call, read = (
+        described := cuda.describe(features[:16], labels[:16], shift, False, False, "high", -100)
+    )
+    was, off = (struct.pack("Q", features.data_ptr() + offset) for offset in (0, 4))
+
+    def plan(call, workspace):
+        for one in make(call, workspace):
+            given = {name: getattr(one, name) for name in ("kernel", "grid", "block", "shared")}
+            yield types.SimpleNamespace(**given, parameters=one.parameters.replace(was, off))
+
+    make = _cuda.plan
+    monkeypatch.setattr(_cuda, "plan", plan)
+    memory = [*read, *(tensor for tensor in described[0] if tensor is not None)]
+    with pytest.raises(ptxemu.PTXError, match=r"misaligned"):
+        emulate(ptx, call, memory)
+
+
 @pytest.mark.parametrize("N", [0, 1, 31, 257, 1024, 2100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rules", [1, 2])

@@ -1,4 +1,4 @@
-// certify on the GPU: a row no farther from its class's mean than a rule's decision radius needs no scores.
+// certify on the GPU: a row nearer to its class's mean than a rule's decision radius needs no scores.
 //
 //   certify_count   decided or not, counted per block
 //   certify_scan    what the blocks before hold

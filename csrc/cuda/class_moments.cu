@@ -16,7 +16,6 @@ constexpr int kSquares = 2048;  // float64 of shared memory per block
 constexpr int kLongestRun = 256;
 constexpr int64_t kEnoughBlocks = 2048;  // so that a run may be longer: several per multiprocessor of any GPU
 constexpr int kGroup = 32;               // partial results that are joined at a time: a lane for each
-constexpr unsigned kNone = 0xffffffffu;
 
 struct Encode {
   int64_t N, C;

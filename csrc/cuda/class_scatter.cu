@@ -19,7 +19,6 @@ constexpr int kColumns = 4;        // that a thread centres
 constexpr int kTallest = 64, kWidest = 32;       // a warp's part of a tile: rows and columns of the scatter
 constexpr int kCells = kTallest * kWidest / 32;  // of a tile in a thread's registers
 constexpr int64_t kBlocks = 528;                 // two rounds of two blocks on each of 132 multiprocessors
-constexpr unsigned kNone = 0xffffffffu;
 
 static_assert(kRows == 32 && kSide == 32 * kColumns && kSide * kSide == kCells * kThreads);
 
