@@ -68,10 +68,22 @@ def registers(text):
     return named
 
 
-def test_four_rows_in_flight(cubins):
-    """From the first 128-bit load to the fourth, nothing touches what the first brings and nothing branches:
-    an instruction that did would wait for it.
+def assert_in_flight_together(code, loads, words):
+    """From the first of these loads to the last nothing branches, and nothing touches what they bring: an
+    instruction that did would wait for it.
     """
+    between = code[loads[0] : loads[-1] + 1]
+    assert not [line for line in between if re.search(r"\.L_|BRA|BSSY|BSYNC|WARPSYNC", line)]
+    brought = set()
+    for place, line in enumerate(between, loads[0]):
+        assert not registers(line) & brought, line
+        if place in loads:
+            first = int(re.search(r"LDG\S* R(\d+)", line)[1])
+            brought |= set(range(first, first + words))
+
+
+def test_four_rows_in_flight(cubins):
+    """Their keys and indices first, then the rows."""
     vectors = []
     for name, body in kernels_of(cubins["class_moments"][0]).items():
         vector = re.search(r"moments_rowsILi\dELi(\d)E", name)
@@ -79,13 +91,12 @@ def test_four_rows_in_flight(cubins):
             continue
         vectors.append(vector[1])
         code = [line for line in body.splitlines() if re.match(r"\s*(/\*[0-9a-f]{4,}\*/|\.L_)", line)]
-        loads = [place for place, line in enumerate(code) if "LDG.E.128" in line]
-        assert len(loads) == (0 if vector[1] == "1" else 4), name
-        if loads:
-            first = int(re.search(r"LDG\S* R(\d+)", code[loads[0]])[1])
-            between = code[loads[0] + 1 : loads[-1] + 1]
-            assert not [line for line in between if re.search(r"\.L_|BRA|BSSY|BSYNC|WARPSYNC", line)], name
-            assert not [line for line in between if registers(line) & set(range(first, first + 4))], name
+        wide = [place for place, line in enumerate(code) if "LDG.E.128" in line]
+        assert len(wide) == (0 if vector[1] == "1" else 4), name
+        if wide:
+            listed = [place for place in range(wide[0]) if re.search(r"LDG\.E R", code[place])]
+            assert_in_flight_together(code, wide, 4)
+            assert_in_flight_together(code, listed[-8:], 1)
     assert sorted(vectors) == ["1", "1", "1", "1", "2", "4", "8", "8"]
 
 
