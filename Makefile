@@ -23,13 +23,18 @@ demo: $(VENV)/.dev
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# Every tensor an allocation of its own: within PyTorch's segments memcheck would take one tensor for another.
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+
 # For machines with a GPU and the CUDA toolkit; never run on hardware so far.
 gpu: $(VENV)/.dev
 	$(BIN)/python -c "import torch; torch.cuda.current_device()"
 	NCFAST_CUDA=1 $(BIN)/python setup.py build_ext --inplace
 	$(BIN)/python -m pytest -m gpu
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu
+	$(SANITIZE) --tool memcheck $(BIN)/python -m pytest -m gpu
+	$(SANITIZE) --tool racecheck $(BIN)/python -m pytest -m gpu
+	$(SANITIZE) --tool synccheck $(BIN)/python -m pytest -m gpu
+	$(SANITIZE) --tool initcheck $(BIN)/python -m pytest -m gpu tests/test_cuda_hardware.py
 
 # The AMX bodies where there is AVX512-BF16 but no AMX: the tests of the operations with the tiles in memory.
 emulate: $(VENV)/.dev

@@ -3,10 +3,12 @@
 They take raw pointers and link no libtorch: one build serves every version of torch.
 
 NCFAST_CUDA=0 leaves ncfast._cuda out; NCFAST_CUDA=1 makes it an error when it cannot be built.
-NCFAST_CUDA_ARCHS="80 90" chooses its architectures; no GPU is needed to build it.
+NCFAST_CUDA_ARCHS="80 90" chooses its architectures, from 80 (cp.async) on; no GPU is needed to build it.
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,35 +29,59 @@ NVCC = shutil.which("nvcc")
 
 def architectures():
     """Machine code for each architecture, and PTX of the last one for those to come."""
+    chosen = (os.environ.get("NCFAST_CUDA_ARCHS") or "").replace(",", " ").split()
+    for number in chosen:
+        if not re.fullmatch(r"\d+[af]?", number) or int(number.rstrip("af")) < 80:
+            raise ValueError(f"NCFAST_CUDA_ARCHS lists numbers such as 80 or 90, from 80 on, got {number!r}")
     listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = {name.removeprefix("compute_") for name in listed.split()}
-    chosen = (os.environ.get("NCFAST_CUDA_ARCHS") or "").replace(",", " ").split()
     chosen = chosen or [number for number in ("80", "90", "100") if number in known]
+    if not chosen:
+        raise CompileError(f"{NVCC} knows no architecture from 80 on")
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
     return [*codes, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
 
 class BuildExt(build_ext):
-    """Also builds ncfast._cuda, by one call of nvcc."""
+    """Also builds ncfast._cuda, by one call of nvcc; where it is not built, an older one does not stay."""
+
+    def run(self):
+        name = self.get_ext_filename("ncfast._cuda")
+        built = Path(self.build_lib, name)
+        if "ncfast._cuda" not in [ext.name for ext in self.extensions]:
+            built.unlink(missing_ok=True)
+        super().run()
+        if self.inplace and not built.exists():
+            Path(name).unlink(missing_ok=True)
 
     def build_extension(self, ext):
         if ext.name != "ncfast._cuda":
             return super().build_extension(ext)
+        target = Path(self.get_ext_fullpath(ext.name))
+        try:
+            self.call_nvcc(ext, target)
+        except (CompileError, OSError, subprocess.CalledProcessError) as error:
+            target.unlink(missing_ok=True)
+            raise CompileError(str(error)) from error
+
+    def call_nvcc(self, ext, target):
+        """Unless the last call was the same, of files that have not changed since."""
         if NVCC is None:
             raise CompileError("NCFAST_CUDA=1, but there is no nvcc on the PATH")
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        newest = max(os.path.getmtime(name) for name in [*ext.sources, *ext.depends, __file__])
-        if not self.force and target.exists() and os.path.getmtime(target) > newest:
-            return None
         includes = ["csrc", pybind11.get_include(), sysconfig.get_path("include")]
         host = "-Xcompiler=-fPIC,-fvisibility=hidden,-g0,-Wall,-Wextra"
-        try:
-            command = [NVCC, "-shared", "-std=c++17", "-O3", "--threads=0", *architectures(), host]
-            command += [*(f"-I{path}" for path in includes), *ext.sources, "-o", str(target)]
-            subprocess.run(command, check=True)
-        except subprocess.CalledProcessError as error:
-            raise CompileError(f"nvcc: {error}") from error
+        command = [NVCC, "-shared", "-std=c++17", "-O3", "--threads=0", *architectures(), host]
+        command += [*(f"-I{path}" for path in includes), *ext.sources, "-o", str(target)]
+        called = Path(self.build_temp, "_cuda.command")
+        newest = max(os.path.getmtime(name) for name in [*ext.sources, *ext.depends, __file__])
+        same = called.exists() and called.read_text() == shlex.join(command)
+        if same and not self.force and target.exists() and os.path.getmtime(target) > newest:
+            return
+        for path in (target, called):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        called.unlink(missing_ok=True)
+        subprocess.run(command, check=True)
+        called.write_text(shlex.join(command))
 
 
 extensions = [

@@ -1,13 +1,14 @@
 """The three operations on a GPU, beside eager PyTorch doing the same there.
 
-    python benchmarks/bench_gpu.py                         (N=262,144, p=1024: 4 GiB of GPU memory)
+    python benchmarks/bench_gpu.py                         (N=262,144, p=1024: 8 GiB of GPU memory)
 
-Opponents: H.T @ H of the centred features, in float32, TF32 and bfloat16, with index_add for the sums;
-addmm and argmax in chunks; the full C×C matrices. Answers are checked against the float64 reference on the
-first rows before anything is timed. Medians of runs that take turns, timed by CUDA events: from when the
-device begins a run to when it ends it, launches it has to wait for included. "read" is torch.sum over the
-features. `--device cpu --rows 2048` tries the script by the clock where there is no GPU: that is all it has
-been run on.
+Every backend that takes the features, the preferred one first: here is decided what `dispatch.preference`
+estimates. Opponents: H.T @ H of the centred features, in float32, TF32 and bfloat16, with index_add for the
+sums; addmm and argmax in chunks; the full C×C matrices. Answers are checked against the float64 reference
+before anything is timed, on all rows, as other kernels run on few. Medians of runs that take turns, timed by
+CUDA events: from when the device begins a run to when it ends it, launches it has to wait for included.
+"read" is torch.sum over the features. `--device cpu --rows 2048` tries the script by the clock where there is
+no GPU: that is all it has been run on.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 
 import ncfast
 from ncfast.ops import dispatch
+from ncfast.ops.certify import certify
 from ncfast.ops.class_scatter import class_scatter
 
 P, C = 1024, 1000
@@ -81,13 +83,33 @@ def pairs(means):
     return cosines.std(), (cosines + 1 / (C - 1)).abs().mean(), distances.min(1), distances.log().mean()
 
 
-def check(features, labels, shift, precision, bound):
-    given = features[:512], labels[:512], shift
-    with ncfast.use_backend("reference"):
-        truth = class_scatter(*given)
-    error = (class_scatter(*given, precision=precision).scatter - truth.scatter).abs().max()
-    if not error <= bound * truth.scatter.diagonal().max():
-        raise SystemExit(f"wrong answer for {precision}: off by {float(error):.3g}")
+def backends(operation, function, features, *arguments, **options):
+    """{"ncfast, backend": the call on it}, the one that would be picked first; not the float64 reference."""
+    about = {"scatter": options["scatter"]} if "scatter" in options else {}
+    if operation == "class_scatter":
+        about["num_classes"] = C
+
+    def forced(backend):
+        with ncfast.use_backend(backend):
+            return function(features, *arguments, **options)
+
+    return {
+        f"ncfast, {backend}": partial(forced, backend)
+        for backend in dispatch.preference(operation, features, **about)
+        if backend != "reference" and dispatch.refusal(operation, backend, features, **about) is None
+    }
+
+
+def check(runs, truth, bound):
+    """Every answer of class_scatter: the scatter, if it has one, and the sums of squares."""
+    for name, run in runs.items():
+        result = run()
+        error = ((result.sumsq - truth.sumsq).abs() / truth.sumsq.clamp_min(1e-300)).max()  # or no rows
+        if result.scatter is not None:
+            largest = truth.scatter.diagonal().max()
+            error = torch.maximum(error, (result.scatter - truth.scatter).abs().max() / largest)
+        if not error <= bound:
+            raise SystemExit(f"wrong answer of {name}: off by {float(error):.3g}")
 
 
 def main():
@@ -101,33 +123,45 @@ def main():
     shift = torch.randn(C, P, device=device)
     labels = torch.randint(0, C, (options.rows,), device=device)
     features = shift[labels] + 0.1 * torch.randn(options.rows, P, device=device)
-    chosen = {
-        operation: dispatch.pick(operation, features, num_classes=C)
-        for operation in ("class_scatter", "affine_argmax", "pair_geometry")
-    }
-    print(f"{name}, torch {torch.__version__}, {chosen}")
+    print(f"{name}, torch {torch.__version__}")
+    read = {"read": features.sum}
     opponents = {
         "highest": ("float32", (torch.float32, False), 1e-5),
         "high": ("TF32", (torch.float32, True), 1e-4),
         "medium": ("bfloat16", (torch.bfloat16, False), 2e-2),
     }
+    given = features, labels, shift
+    with ncfast.use_backend("reference"):
+        truth = class_scatter(*given, radii=True)
     for precision, (other, matmul, bound) in opponents.items():
-        check(features, labels, shift, precision, bound)
-        runs = {
-            "ncfast": partial(class_scatter, features, labels, shift, precision=precision),
-            f"eager, {other}": partial(scatter, features, labels, shift, matmul),
-            "read": features.sum,
-        }
+        runs = backends("class_scatter", class_scatter, *given, scatter=True, precision=precision)
+        check(runs, truth, bound)
+        runs |= {f"eager, {other}": partial(scatter, *given, matmul), **read}
         compare(f'class_scatter "{precision}", N={options.rows} p={P} C={C}', runs, device, options.rounds)
-    if not torch.equal(ncfast.nearest_class_center(features[:512], shift), labels[:512]):
+    runs = backends("class_scatter", class_scatter, *given, scatter=False, radii=True)
+    check(runs, truth, 1e-5)
+    compare(
+        f"class_scatter without the scatter, N={options.rows} p={P} C={C}",
+        runs | read,
+        device,
+        options.rounds,
+    )
+
+    radii, gap = truth.radii.float(), shift.new_zeros(C, dtype=torch.float64)
+    limits = [gap + radii.median(), gap + 2 * radii.median()]  # half of the rows are decided by both
+    runs = backends("certify", certify, radii, labels, gap, limits)
+    with ncfast.use_backend("reference"):
+        rows = certify(radii, labels, gap, limits).undecided
+    if not all(torch.equal(run().undecided, rows) for run in runs.values()):
+        raise SystemExit("wrong rows are undecided")
+    compare(f"certify, N={options.rows} C={C}", runs, device, options.rounds)
+
+    runs = backends("affine_argmax", ncfast.nearest_class_center, features, shift)
+    if not all(torch.equal(run(), labels) for run in runs.values()):
         raise SystemExit("wrong decisions")
-    runs = {
-        "ncfast": partial(ncfast.nearest_class_center, features, shift),
-        "addmm + argmax": partial(decide, features, shift),
-        "read": features.sum,
-    }
+    runs |= {"addmm + argmax": partial(decide, features, shift), **read}
     compare(f"nearest_class_center, N={options.rows} p={P} C={C}", runs, device, options.rounds)
-    runs = {"ncfast": partial(ncfast.pair_geometry, shift), "full matrices": partial(pairs, shift)}
+    runs = backends("pair_geometry", ncfast.pair_geometry, shift) | {"full matrices": partial(pairs, shift)}
     compare(f"pair_geometry, C={C} p={P}", runs, device, options.rounds)
 
 

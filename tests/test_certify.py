@@ -1,4 +1,7 @@
-"""certify: every backend decides what its contract says, one sample at a time."""
+"""certify decides what its contract says, one sample at a time.
+
+The CPU's and Triton's are the reference; CUDA's kernels are held to it in test_cuda_emulated.py.
+"""
 
 import math
 
@@ -43,3 +46,21 @@ def test_edges(backend):
             assert (total, decided, len(undecided)) == (0, (0,), 0)
         assert certify(torch.ones(2), torch.zeros(2).int(), gap, [limit]).undecided.tolist() == [0, 1]
         assert certify(torch.zeros(1), torch.zeros(1).long(), gap, [limit * torch.nan]).decided == (0,)
+
+
+def test_what_kernels_would_read_out_of_bounds_is_no_call():
+    radii, labels = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+    gap = limit = torch.ones(2, dtype=torch.float64)
+    certify(radii, labels, gap, [limit])
+    for wrong in (
+        (radii.half(), labels, gap, [limit]),
+        (radii, labels.short(), gap, [limit]),
+        (radii, labels[:2], gap, [limit]),
+        (radii, labels, gap.float(), [limit]),
+        (radii, labels, gap, [limit, limit.float()]),
+        (radii, labels, gap, [limit[:1]]),
+        (radii, labels, gap, []),
+        (radii, labels, gap, [limit.to("meta")]),
+    ):
+        with pytest.raises(AssertionError):
+            certify(*wrong)

@@ -7,7 +7,9 @@ every access, and shared memory for races.
 import contextlib
 import os
 import pathlib
+import re
 import shutil
+import struct
 import sys
 import types
 
@@ -49,7 +51,7 @@ SHAPES = [  # N, p, C
     (9, 4, 1),  # one vector per row, one row above a run
     (300, 96, 3),  # 24 or 12 vectors: teams of part of a warp, classes of many runs
     (257, 95, 300),  # C > p, most classes absent; two passes of the sort
-    (70, 1040, 2),  # teams of several warps, several passes over the columns
+    (70, 1040, 2),  # several passes over the columns
     (4200, 8, 70_000),  # three tiles and three passes of the sort
 ]
 
@@ -62,36 +64,53 @@ def ptx():
     }
 
 
-def emulate(ptx, call, memory, race=True, grids=None):
-    """Execute the plan of a call on its CPU addresses; the workspace starts as garbage.
+def emulate(ptx, call, memory, race=True, grids=None, fill=0xA5, backwards=False):
+    """Execute the plan of a call on its CPU addresses; every byte of the workspace starts as `fill`.
 
-    `grids` names kernels of which only so many blocks are to run.
+    `grids` names kernels of which only so many blocks are to run. Backwards, they run one by one, the last
+    block first.
     """
     # One allocation's addresses are aligned to 64; the plan may ask for 256 and gets it.
-    room = torch.full((_cuda.workspace(call) + 256,), 0xA5, dtype=torch.uint8)
-    workspace = room[-room.data_ptr() % 256 :]
+    room = torch.full((_cuda.workspace(call) + 256,), fill, dtype=torch.uint8)
+    start = -room.data_ptr() % 256
+    parts = [room.numpy()[start:][first : first + size] for first, size in _cuda.parts(call)]
     ran = []
-    for launch in _cuda.plan(call, workspace.data_ptr()):
+    for launch in _cuda.plan(call, room.data_ptr() + start):
         ran.append(launch.kernel)
         grid = (grids or {}).get(launch.kernel, launch.grid)
         if grid == 0:
             continue
         (source,) = (name for name, kernels in KERNELS.items() if launch.kernel.startswith(kernels))
         ptxemu.launch(
-            ptx[source],
+            from_the_last_block(ptx[source]) if backwards else ptx[source],
             grid,
             launch.block,
             [launch.parameters],
             kernel=launch.kernel,
             shared=launch.shared,
-            memory=[room, *memory],
+            memory=[*parts, *memory],
             race=race,
+            chunk=launch.block if backwards else ptxemu.DEFAULT_CHUNK,
         )
     return ran
 
 
+def from_the_last_block(ptx):
+    """The same kernels, each block doing what the one as far from the other end of the grid does."""
+    opposite = r"\g<0> not.b32 \1, \1; add.s32 \1, \1, %nctaid.x;"
+    return re.sub(r"mov\.u32\s+(%r\d+), %ctaid\.x;", opposite, ptx)
+
+
 def execute(
-    ptx, features, labels, shift, scatter=False, radii=True, precision="high", ignore_index=-100, race=True
+    ptx,
+    features,
+    labels,
+    shift,
+    scatter=False,
+    radii=True,
+    precision="high",
+    ignore_index=-100,
+    **emulation,
 ):
     """What `cuda.class_scatter` does, with the launch emulated and the results poisoned; also what ran."""
     result, call, read = cuda.describe(
@@ -106,7 +125,7 @@ def execute(
     outputs = [tensor for tensor in result if tensor is not None]
     for tensor in outputs:  # NaN is an answer among the radii
         tensor.fill_(-1 if tensor.dtype == torch.int64 or tensor is result.radii else torch.nan)
-    ran = emulate(ptx, call, [*read, *outputs], race)
+    ran = emulate(ptx, call, [*read, *outputs], **emulation)
     return result, ran
 
 
@@ -170,6 +189,33 @@ def test_class_moments(ptx, shape, dtype):
     assert shape[0] == 0 or any(name.endswith(f"ELi{vector}E") for name in ran)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("start", [0, 1])
+def test_teams_of_several_warps(ptx, dtype, start):
+    """512 pieces of 16 bytes, or elements of rows that are not aligned: a block passes over them twice."""
+    p = 512 if start else 512 * 16 // dtype.itemsize
+    features, labels, shift = sample(20, p + 16, 2, dtype)
+    features, shift = features[:, start : start + p], shift[:, :p]
+    _, call, _ = cuda.describe(features, labels, shift, False, True, "high", -100)
+    (rows,) = [launch for launch in _cuda.plan(call, 0) if launch.kernel.startswith("moments_rows")]
+    run, team = struct.unpack("ii", rows.parameters[-8:])
+    assert (run, team) == (8, 256)
+    result, _ = execute(ptx, features, labels, shift)
+    assert_close(result, features, labels, shift)
+
+
+def test_rows_far_apart(ptx):
+    """2 GiB from row to row, offsets beyond 32 bits. Memory that is not written to is not taken either."""
+    far = torch.empty(2**30 + 16).as_strided((3, 8), (2**29 + 4, 1))
+    near, _, shift = sample(3, 8, 2)
+    far.copy_(near)
+    labels = torch.tensor([1, 0, 1])
+    for scatter in (False, True):
+        result, ran = execute(ptx, far, labels, shift, scatter=scatter)
+        assert_close(result, near, labels, shift)
+        assert any(name.startswith("moments_rows") and name.endswith("ELi4E") for name in ran)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_views(ptx, dtype):
     """Rows padded to 16 bytes with an odd p, rows off by an element, and aligned rows within others."""
@@ -202,11 +248,32 @@ def test_long_runs(ptx):
     labels[kept] = torch.randint(0, C, kept.shape)
     shift = torch.randn(C, p)
     result, call, read = cuda.describe(features, labels, shift, False, True, "high", -100)
-    (join,) = [launch for launch in _cuda.plan(call, 0) if launch.kernel == "moments_join"]
-    assert join.grid == -(-N // 32) * -(-(p + 1) // 32)
+    groups = [-(-N // (32 * 32**level)) for level in (1, 2, 3)]  # of 32 runs of 32 rows; of 32 such; of these
+    joins = [one.grid for one in _cuda.plan(call, 0) if one.kernel == "moments_join"]
+    assert joins == [-(-9 * n // 8) for n in groups]  # 257 columns are nine tiles; a block has eight warps
+    assert groups[-1] == 1
     emulate(ptx, call, [*read, *(t for t in result if t is not None)], race=False)
     assert int(result.radii.isnan().sum()) == N - len(kept)
     assert_close(result._replace(radii=result.radii[kept]), features[kept], labels[kept], shift)
+
+
+def test_classes_of_many_runs(ptx):
+    """Runs of 8 rows, groups of 256, of 8192, of all: classes that end at the end of each, or one row beside.
+
+    Of whole numbers, whose sums are exact in any order.
+    """
+    ends = [255, 256, 512, 520, 527, 528, 768, 1025, 1280, 1282, 8192, 16384, 16385, 16385, 25_000, 25_003]
+    N, p, C = ends[-1], 4, len(ends)
+    counts = torch.tensor([0, *ends]).diff()
+    labels = torch.arange(C).repeat_interleave(counts)[torch.randperm(N)]
+    features, shift = torch.randint(-9, 10, (N, p)).float(), torch.randint(-9, 10, (C, p)).float()
+    result, ran = execute(ptx, features, labels, shift, race=False)
+    assert ran.count("moments_join") == 3
+    with ncfast.use_backend("reference"):
+        truth = class_scatter(features, labels, shift, scatter=False)
+    assert torch.equal(result.counts, counts)
+    assert torch.equal(result.sums, truth.sums)
+    assert torch.equal(result.sumsq, truth.sumsq)
 
 
 def test_ignored_rows_are_never_read(ptx):
@@ -218,11 +285,18 @@ def test_ignored_rows_are_never_read(ptx):
     assert_close(result, features.nan_to_num(), labels, shift)
 
 
-def test_is_deterministic_and_translates(ptx):
-    features, labels, shift = sample(100, 20, 3)
-    first, again = (execute(ptx, features, labels, shift)[0] for _ in range(2))
+def assert_the_same(first, again):
+    """Bit for bit, whatever the workspace held (0xFF are NaNs) and in whatever order the blocks ran."""
     for a, b in zip(first, again, strict=True):
-        assert a is b or torch.equal(a.nan_to_num(), b.nan_to_num())
+        assert (a is None and b is None) or torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_is_deterministic_and_translates(ptx):
+    features, labels, shift = sample(1500, 20, 3)
+    assert_the_same(
+        execute(ptx, features, labels, shift)[0],
+        execute(ptx, features, labels, shift, race=False, fill=0xFF, backwards=True)[0],
+    )
     # Integers about 2²⁰ are exact: translation changes no bit.
     exact, near = features.round(), shift.round()
     here, _ = execute(ptx, exact, labels, near)
@@ -242,6 +316,26 @@ def test_every_bound_is_checked(ptx, withheld, scatter):
     allowed[withheld] = allowed[withheld][:-1]
     with pytest.raises(ptxemu.PTXError, match="out-of-bounds"):
         emulate(ptx, call, allowed)
+
+
+def test_alignment_is_checked(ptx, monkeypatch):
+    """Nor does the emulator let pass 16 bytes read from rows that begin 4 bytes off."""
+    features, labels, shift = sample(17, 8, 2)
+    _, call, read = (
+        described := cuda.describe(features[:16], labels[:16], shift, False, False, "high", -100)
+    )
+    was, off = (struct.pack("Q", features.data_ptr() + offset) for offset in (0, 4))
+
+    def plan(call, workspace):
+        for one in make(call, workspace):
+            given = {name: getattr(one, name) for name in ("kernel", "grid", "block", "shared")}
+            yield types.SimpleNamespace(**given, parameters=one.parameters.replace(was, off))
+
+    make = _cuda.plan
+    monkeypatch.setattr(_cuda, "plan", plan)
+    memory = [*read, *(tensor for tensor in described[0] if tensor is not None)]
+    with pytest.raises(ptxemu.PTXError, match=r"misaligned"):
+        emulate(ptx, call, memory)
 
 
 @pytest.mark.parametrize("N", [0, 1, 31, 257, 1024, 2100])
@@ -268,10 +362,24 @@ def test_certify_rounds_as_the_reference(ptx):
     scale, offset = 1 + 2.0**-20, 0.1
     bound = radii * scale + offset + gap
     limits = bound, bound.nextafter(torch.tensor(torch.inf, dtype=torch.float64))
-    inputs = radii, torch.arange(N), gap, limits
-    (undecided, counts), call, read = certify_cuda.describe(*inputs, scale, offset)
-    emulate(ptx, call, [*read, undecided, counts])
-    assert counts.tolist() == [N, 0, N, N]
+    for rules, decided in ((limits, [0, N]), (limits[::-1], [N, 0])):
+        (undecided, counts), call, read = certify_cuda.describe(
+            radii, torch.arange(N), gap, rules, scale, offset
+        )
+        emulate(ptx, call, [*read, undecided, counts])
+        assert counts.tolist() == [N, *decided, N]
+
+
+def test_certify_of_many_rows(ptx):
+    """More blocks than the scan adds at a time, 256; labels of one class, half of them decided."""
+    N = 263_000
+    radii = torch.rand(N)
+    inputs = radii, torch.zeros(1, dtype=torch.int64).expand(N), *torch.tensor([[0.0], [0.5]]).double()
+    (undecided, counts), call, read = certify_cuda.describe(*inputs[:3], [inputs[3]], 1.0, 0.0)
+    emulate(ptx, call, [*read, undecided, counts], race=False)
+    expected = (radii >= 0.5).nonzero().squeeze(1)
+    assert counts.tolist() == [N, N - len(expected), 0, len(expected)]
+    assert torch.equal(undecided[: len(expected)], expected)
 
 
 def test_certify_through_its_room(ptx, monkeypatch):
@@ -333,13 +441,52 @@ def test_class_scatter(ptx, shape, dtype):
     assert ran[-1] == "scatter_reduce"
 
 
+@pytest.mark.parametrize("p", [136, 131])  # a tail of 8 columns, aligned; of 3, not aligned
 @pytest.mark.parametrize("precision", PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_class_scatter_precisions(ptx, precision, dtype):
-    features, labels, shift = sample(70, 136, 4, dtype)  # a tail of 8 columns, aligned
+def test_class_scatter_precisions(ptx, precision, dtype, p):
+    features, labels, shift = sample(70, p, 4, dtype)
     result, ran = execute(ptx, features, labels, shift, scatter=True, precision=precision)
     assert_close(result, features, labels, shift, precision=precision)
-    assert any(name.endswith(f"ELi{cuda._PLANES[precision]}E") for name in ran)
+    code = _CODES[dtype], 1 if p % 8 else 16 // dtype.itemsize, cuda._PLANES[precision]
+    assert "scatter_pairsILi{}ELi{}ELi{}E".format(*code) in ran
+
+
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def test_no_kernel_is_left_out(ptx):
+    """These are all that were compiled. Tests above assert of each template's variants that they run them."""
+    plain = {
+        "class_moments": [
+            "moments_encode",
+            "moments_bounds",
+            "moments_join",
+            "digit_count",
+            "digit_scan",
+            "digit_scatter",
+        ],
+        "class_scatter": ["scatter_reduce"],
+        "certify": ["certify_count", "certify_scan", "certify_write"],
+    }
+    variants = {
+        "class_moments": [
+            f"moments_rowsILi{d}ELi{v}E" for d, wide in enumerate((4, 2, 8, 8)) for v in (1, wide)
+        ],
+        "class_scatter": [
+            f"scatter_pairsILi{d}ELi{v}ELi{planes}E"
+            for d, wide in ((0, 4), (2, 8), (3, 8))
+            for v in (1, wide)
+            for planes in cuda._PLANES.values()
+        ],
+        "certify": [],
+    }
+    for source, text in ptx.items():
+        entries = re.findall(r"\.entry (\w+)", text)
+        names = [*plain[source], *variants[source]]
+        assert len(entries) == len(names)
+        for name in names:
+            assert sum(name in entry for entry in entries) == 1
 
 
 def test_class_scatter_flushes(ptx):
@@ -395,10 +542,11 @@ def test_class_scatter_deep_collapse(ptx):
 
 
 def test_class_scatter_is_deterministic(ptx):
-    inputs = sample(600, 140, 3)
-    first, again = (execute(ptx, *inputs, scatter=True, race=False)[0] for _ in range(2))
-    for a, b in zip(first, again, strict=True):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    inputs = sample(800, 130, 3)  # three splits
+    assert_the_same(
+        execute(ptx, *inputs, scatter=True, race=False)[0],
+        execute(ptx, *inputs, scatter=True, race=False, fill=0xFF, backwards=True)[0],
+    )
 
 
 def test_through_the_public_call(ptx, monkeypatch):
@@ -461,6 +609,7 @@ def test_what_it_takes():
     wide = torch.zeros(1, 1, dtype=torch.float64)
     assert "float64" in cuda.lacks(wide)
     assert cuda.lacks(wide, scatter=False) is None
+    assert "dimensions" in cuda.lacks(torch.zeros(1, 1).expand(1, 2**30), scatter=False)
 
 
 def test_devices_with_little_shared_memory_are_left_to_triton(monkeypatch):
@@ -474,7 +623,7 @@ def test_devices_with_little_shared_memory_are_left_to_triton(monkeypatch):
     )
     for dtype, taken in ((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)):
         features, labels, shift = sample(40, 8, 2, dtype)
-        on_device = types.SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda")
+        on_device = types.SimpleNamespace(is_cuda=True, shape=(40, 8), dtype=dtype, device="cuda")
         reason = cuda.lacks(on_device)
         assert (reason is None) == taken
         assert cuda.lacks(on_device, scatter=False) is None

@@ -10,13 +10,19 @@ from ncfast.ops.class_scatter import class_scatter
 
 from oracle import PRODUCTS, assert_scatter_close
 
-pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
+_cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
 
-SHAPES = [(0, 3, 2), (33, 17, 5), (5000, 96, 300), (20_000, 1040, 2)]  # N, p, C
+SHAPES = [  # N, p, C
+    (0, 3, 2),
+    (33, 17, 5),
+    (5000, 96, 300),
+    (20_000, 1040, 2),
+    (3000, 2048, 2),  # teams of several warps, in several passes but for 16 bits
+]
 
 
 def sample(N, p, C, dtype=torch.float32):
@@ -36,6 +42,13 @@ def compute(inputs, **options):
         assert a is b or torch.equal(a.nan_to_num(), b.nan_to_num())
     assert torch.equal(result.counts, truth.counts)
     return result, truth
+
+
+def test_the_device_is_taken():
+    current = torch.cuda.current_device()
+    assert _cuda.refuses(current) is None
+    assert "invalid device" in _cuda.refuses(torch.cuda.device_count())
+    assert torch.cuda.current_device() == current
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -76,11 +89,16 @@ def test_certify(N):
 
 
 def test_on_a_stream_of_its_own():
-    """Work queued before the call on the current stream is seen; another stream's results are the same."""
-    inputs = sample(3000, 200, 7)
-    expected = compute(inputs)[0]
+    """Work queued on the current stream before the call is waited for, and only that stream is."""
+    features, labels, shift = sample(3000, 200, 7)
+    expected = compute((features, labels, shift))[0]
+    late = torch.full_like(features, torch.nan)
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()), ncfast.use_backend("cuda"):
-        result = class_scatter(*inputs, radii=True, ignore_index=-1)
+        torch.cuda._sleep(10**8)  # cycles: some 50 ms
+        late.copy_(features)
+        result = class_scatter(late, labels, shift, radii=True, ignore_index=-1)
     torch.cuda.synchronize()
     for a, b in zip(result, expected, strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    assert result.sums.isfinite().all()  # NaNs would be equal as well

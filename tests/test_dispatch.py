@@ -1,10 +1,12 @@
 """dispatch: forced paths run or raise, choices are declared and can be explained."""
 
+import types
+
 import pytest
 import torch
 
 import ncfast
-from ncfast.ops import dispatch
+from ncfast.ops import dispatch, launch
 
 FEATURES, LABELS = torch.randn(6, 3), torch.arange(6) % 2
 
@@ -78,6 +80,42 @@ def test_a_backend_that_lacks_an_option_is_passed_over(monkeypatch):
     assert ran == [("class_scatter", "cpu")]
     with ncfast.use_backend("cpu"), pytest.raises(RuntimeError, match="no scatter"):
         run()
+
+
+def test_cuda_is_for_devices_that_its_build_runs_on(monkeypatch):
+    """A device without machine code in this build (5) is left to Triton or the reference, not tried."""
+    _cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
+    asked = []
+
+    def refuses(device):
+        asked.append(device)
+        return "no kernel image" if device == 5 else None
+
+    def radii(device):
+        return types.SimpleNamespace(shape=(4,), device=torch.device("cuda", device), is_cuda=True)
+
+    monkeypatch.setattr(_cuda, "refuses", refuses)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    launch._refuses.cache_clear()
+    try:
+        for _ in range(2):
+            assert dispatch.refusal("certify", "cuda", radii(5)) == "no kernel image"
+            assert dispatch.pick("certify", radii(5)) != "cuda"
+            assert dispatch.pick("certify", radii(6)) == "cuda"
+        with ncfast.use_backend("cuda"), pytest.raises(RuntimeError, match="no kernel image"):
+            dispatch.pick("certify", radii(5))
+        assert asked == [5, 6]  # once each
+    finally:
+        launch._refuses.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_says_so():
+    """What refuses is an answer; what is run nevertheless is an error that names the call."""
+    _cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
+    assert _cuda.refuses(0).startswith("CUDA says: ")
+    with pytest.raises(RuntimeError, match="cudaSetDevice: "):
+        _cuda.run([], 0, 0)
 
 
 def test_what_is_preferred_depends_on_the_call():

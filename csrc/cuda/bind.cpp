@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/certify.h"
@@ -70,6 +71,19 @@ std::vector<ncfast::Launch> plan(const Call& call, Address workspace) {
   return make(call, at<void>(workspace));
 }
 
+template <class Call, ncfast::Carver (*carve)(const Call&)>
+int64_t workspace(const Call& call) {
+  return carve(call).used();
+}
+
+template <class Call, ncfast::Carver (*carve)(const Call&)>
+std::vector<std::pair<int64_t, int64_t>> parts(const Call& call) {
+  std::vector<std::pair<int64_t, int64_t>> list;
+  const ncfast::Carver carver = carve(call);
+  for (const ncfast::Carver::Part& part : carver.parts()) list.emplace_back(part.start, part.bytes);
+  return list;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -90,9 +104,17 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("certify", &certify, "N"_a, "C"_a, "radii"_a, "radius_size"_a, "labels"_a, "label_size"_a,
         "label_bytes"_a, "gap"_a, "first"_a, "second"_a, "scale"_a, "offset"_a, "undecided"_a, "counts"_a);
 
-  m.def("workspace", &ncfast::class_moments_workspace, "call"_a, "Bytes of device memory that `plan` needs.");
-  m.def("workspace", &ncfast::class_scatter_workspace, "call"_a);
-  m.def("workspace", &ncfast::certify_workspace, "call"_a);
+  m.def("refuses", &ncfast::refuses, "device"_a,
+        "Why a device cannot run these kernels (no machine code for it, an old driver), or None.");
+
+  const char* bytes = "Bytes of device memory that `plan` needs.";
+  m.def("workspace", &workspace<ncfast::ClassMoments, ncfast::class_moments_workspace>, "call"_a, bytes);
+  m.def("workspace", &workspace<ncfast::ClassScatter, ncfast::class_scatter_workspace>, "call"_a, bytes);
+  m.def("workspace", &workspace<ncfast::Certify, ncfast::certify_workspace>, "call"_a, bytes);
+  const char* list = "Its parts as (first byte, bytes), by which tests bound accesses.";
+  m.def("parts", &parts<ncfast::ClassMoments, ncfast::class_moments_workspace>, "call"_a, list);
+  m.def("parts", &parts<ncfast::ClassScatter, ncfast::class_scatter_workspace>, "call"_a, list);
+  m.def("parts", &parts<ncfast::Certify, ncfast::certify_workspace>, "call"_a, list);
 
   py::class_<ncfast::Launch>(m, "Launch")
       .def_readonly("kernel", &ncfast::Launch::kernel)

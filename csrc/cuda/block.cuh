@@ -8,6 +8,7 @@ namespace ncfast {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kFull = 0xffffffffu;
+constexpr unsigned kNone = 0xffffffffu;  // no key, no row
 
 __host__ __device__ inline int64_t cover(int64_t n, int64_t step) { return (n + step - 1) / step; }
 

@@ -67,10 +67,10 @@ Task carve(const Certify& call, Carver* workspace) {
 
 }  // namespace
 
-int64_t certify_workspace(const Certify& call) {
+Carver certify_workspace(const Certify& call) {
   Carver nothing(nullptr);
   carve(call, &nothing);
-  return nothing.used();
+  return nothing;
 }
 
 std::vector<Launch> certify_plan(const Certify& call, void* workspace) {

@@ -1,4 +1,4 @@
-// certify on the GPU: a row no farther from its class's mean than a rule's decision radius needs no scores.
+// certify on the GPU: a row nearer to its class's mean than a rule's decision radius needs no scores.
 //
 //   certify_count   decided or not, counted per block
 //   certify_scan    what the blocks before hold
@@ -27,7 +27,7 @@ struct Certify {
   int64_t* counts;       // [4] rows in use; decided by the first rule; by the second, 0 when null; undecided
 };
 
-int64_t certify_workspace(const Certify& call);
+Carver certify_workspace(const Certify& call);
 
 // Reads no device memory.
 std::vector<Launch> certify_plan(const Certify& call, void* workspace);

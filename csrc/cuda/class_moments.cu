@@ -1,6 +1,6 @@
 #include <algorithm>
 #include <cmath>
-#include <utility>
+#include <type_traits>
 
 #include "cuda/block.cuh"
 #include "cuda/class_moments.h"
@@ -15,8 +15,7 @@ constexpr int kBatch = 4;       // rows in flight per team
 constexpr int kSquares = 2048;  // float64 of shared memory per block
 constexpr int kLongestRun = 256;
 constexpr int64_t kEnoughBlocks = 2048;  // so that a run may be longer: several per multiprocessor of any GPU
-constexpr int64_t kJoinTiles = 16;
-constexpr unsigned kNone = 0xffffffffu;
+constexpr int kGroup = 32;               // partial results that are joined at a time: a lane for each
 
 struct Encode {
   int64_t N, C;
@@ -130,9 +129,8 @@ struct Moments {
   const unsigned* rows;  // [N] in that order
   unsigned* starts;      // [C + 1] the first place of each class, and of the rows left out
   double* partials;      // [runs, 2, p + 1] of a class that came from the run before; of one that starts here
-  int64_t runs;
-  int run;   // rows
-  int team;  // threads, a power of two
+  int run;               // rows
+  int team;              // threads, a power of two
 };
 
 __device__ unsigned first_place(const Moments& m, unsigned key) {
@@ -162,104 +160,113 @@ __global__ void __launch_bounds__(kThreads) moments_bounds(const Moments m) {
   if (threadIdx.x % 32 == 0) m.sumsq[c] = 0;
 }
 
+// 16 bytes of a row, or one element, as they are in memory: nothing waits for them until they are unpacked.
 template <class Stored, int kVector>
-struct Piece {
-  Stored x[kVector];
-};
+using Piece = std::conditional_t<kVector == 1, Stored, uint4>;
 
-// The first `width` of kVector elements; zeros for the others.
+// Keeps four words what they are: as the elements that a tail is read by they take twice the registers.
+__device__ void opaque(uint4& x) { asm("" : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)); }
+
+// Starts to read the first `width` of kVector elements of each row; zeros for the others.
 template <class Stored, int kVector>
-__device__ Piece<Stored, kVector> read_piece(const Stored* at, int width) {
-  Piece<Stored, kVector> piece;
-  if constexpr (sizeof(piece) == sizeof(uint4)) {
-    if (width == kVector) {
-      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(at));
-      memcpy(&piece, &bits, sizeof(piece));
-      return piece;
+__device__ void read_rows(Piece<Stored, kVector> (&to)[kBatch], const char* column, int64_t row_bytes,
+                          const unsigned (&rows)[kBatch], int width) {
+  const auto row = [&](int b) {
+    return reinterpret_cast<const Stored*>(column + static_cast<int64_t>(rows[b]) * row_bytes);
+  };
+  if (width == kVector) {
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) to[b] = __ldg(reinterpret_cast<const Piece<Stored, kVector>*>(row(b)));
+  } else {
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      Stored x[kVector];
+      for (int v = 0; v < kVector; v++) x[v] = v < width ? __ldg(row(b) + v) : Stored(0);
+      memcpy(&to[b], x, sizeof(x));
     }
   }
-  for (int v = 0; v < kVector; v++) piece.x[v] = v < width ? __ldg(at + v) : Stored(0);
-  return piece;
 }
 
-// Where a run's part of class c goes that ends before `end`: its place in the result when it is all of the
-// class.
+// Where the sums of class c over places begin … end go, the index-th part of the order: into the result when
+// that is all of the class, else into a partial result, the class being the part's first or its last.
 struct Target {
   double* sums;
   double* sumsq;
 };
 
-__device__ Target target(const Moments& m, int64_t run, int64_t begin, int64_t end, int64_t used, bool first,
-                         int64_t upto, unsigned c) {
-  const bool continued = first && begin > 0 && m.keys[begin - 1] == c;
-  const bool continues = upto == end && end < used && m.keys[end] == c;
+__device__ Target target(const Moments& m, double* partials, int64_t index, int64_t begin, int64_t end,
+                         unsigned c) {
+  const bool continued = begin > 0 && m.keys[begin - 1] == c;
+  const bool continues = end < m.starts[m.C] && m.keys[end] == c;
   if (!continued && !continues) return {m.sums + c * m.p, m.sumsq + c};
-  double* partial = m.partials + (2 * run + (continued ? 0 : 1)) * (m.p + 1);
+  double* partial = partials + (2 * index + (continued ? 0 : 1)) * (m.p + 1);
   return {partial, partial + m.p};
 }
 
+// Room for two blocks: left alone the compiler spills to make room for more.
 template <int kDtype, int kVector>
-__global__ void __launch_bounds__(kThreads) moments_rows(const Moments m) {
+__global__ void __launch_bounds__(kThreads, 2) moments_rows(const Moments m) {
   using E = Element<static_cast<Dtype>(kDtype)>;
   using Stored = typename E::Stored;
   using Real = typename E::Real;
   // [threads / part, run] what a warp's part of a team, or a team within a warp, adds to the rows' squares.
   __shared__ double squares[kSquares];
 
-  const int64_t used = m.starts[m.C];
+  const unsigned used = m.starts[m.C];
   const int teams = kThreads / m.team;
-  const int64_t first_run = static_cast<int64_t>(blockIdx.x) * teams;
+  const unsigned first_run = blockIdx.x * teams;
   if (first_run * m.run >= used) return;
   const int part = min(m.team, 32), parts = m.team / part;
-  const int64_t run = first_run + threadIdx.x / m.team;
-  const int64_t begin = run * m.run, end = min(begin + m.run, used);  // beyond what is used: begin > end
+  const unsigned run = first_run + threadIdx.x / m.team;
+  const unsigned begin = run * m.run, end = min(begin + m.run, used);  // beyond what is used: begin > end
   double* mine = squares + threadIdx.x / part * m.run;
+  const int p = static_cast<int>(m.p);
   const Real* shift = static_cast<const Real*>(m.shift);
 
-  for (int64_t pass = 0; pass < m.p; pass += m.team * kVector) {
-    const int64_t column = pass + threadIdx.x % m.team * kVector;
-    const int width = static_cast<int>(max(int64_t{0}, min(m.p - column, int64_t{kVector})));
+  for (int pass = 0; pass < p; pass += m.team * kVector) {
+    const int column = pass + threadIdx.x % m.team * kVector;
+    const int width = max(0, min(p - column, kVector));
     const char* features = m.features + column * static_cast<int64_t>(sizeof(Stored));
     double sums[kVector];
     Real k[kVector];
     unsigned current = kNone;
-    bool first = true;
 
-    const auto flush = [&](int64_t upto) {
-      double* to = target(m, run, begin, end, used, first, upto, current).sums + column;
+    const auto flush = [&] {
+      double* to = target(m, m.partials, run, begin, end, current).sums + column;
       for (int v = 0; v < kVector; v++) {
         if (v < width) to[v] = sums[v];
       }
-      first = false;
     };
 
     for (int r = 0; r < m.run; r += kBatch) {
-      unsigned key[kBatch];
-      Piece<Stored, kVector> piece[kBatch];
+      unsigned keys[kBatch], rows[kBatch];
+      Piece<Stored, kVector> pieces[kBatch];
 #pragma unroll
-      for (int b = 0; b < kBatch; b++) {
-        if (begin + r + b >= end) continue;
-        key[b] = m.keys[begin + r + b];
-        const char* row = features + static_cast<int64_t>(m.rows[begin + r + b]) * m.row_bytes;
-        piece[b] = read_piece<Stored, kVector>(reinterpret_cast<const Stored*>(row), width);
+      for (int b = 0; b < kBatch; b++) {  // beyond the run's end any row in use will do
+        const unsigned place = min(begin + r + b, used - 1);
+        keys[b] = m.keys[place];
+        rows[b] = m.rows[place];
       }
+      read_rows<Stored, kVector>(pieces, features, m.row_bytes, rows, width);
 #pragma unroll
       for (int b = 0; b < kBatch; b++) {
-        const int64_t place = begin + r + b;
         double square = 0;
-        if (place < end) {
-          if (key[b] != current) {
-            if (current != kNone) flush(place);
-            current = key[b];
+        if (begin + r + b < end) {
+          if (keys[b] != current) {
+            if (current != kNone) flush();
+            current = keys[b];
 #pragma unroll
             for (int v = 0; v < kVector; v++) {
               k[v] = v < width ? shift[current * m.p + column + v] : Real(0);
               sums[v] = 0;
             }
           }
+          Stored x[kVector];
+          if constexpr (kVector > 1) opaque(pieces[b]);
+          memcpy(x, &pieces[b], sizeof(x));
 #pragma unroll
           for (int v = 0; v < kVector; v++) {
-            const double residual = E::real(piece[b].x[v]) - k[v];
+            const double residual = E::real(x[v]) - k[v];
             sums[v] += residual;
             square += residual * residual;
           }
@@ -268,12 +275,12 @@ __global__ void __launch_bounds__(kThreads) moments_rows(const Moments m) {
         if (threadIdx.x % part == 0) mine[r + b] = pass == 0 ? square : mine[r + b] + square;
       }
     }
-    if (current != kNone) flush(end);
+    if (current != kNone) flush();
   }
   __syncthreads();
 
   for (int i = threadIdx.x; i < teams * m.run; i += kThreads) {
-    const int64_t place = first_run * m.run + i;
+    const unsigned place = first_run * m.run + i;
     if (place >= used) break;
     double* of_row = squares + i / m.run * parts * m.run + i % m.run;
     double square = 0;
@@ -283,47 +290,80 @@ __global__ void __launch_bounds__(kThreads) moments_rows(const Moments m) {
   }
   __syncthreads();
 
-  if (threadIdx.x % m.team != 0 || begin >= end) return;
-  unsigned current = m.keys[begin];
-  bool first = true;
-  double sum = 0;
-  for (int64_t place = begin; place < end; place++) {
-    if (m.keys[place] != current) {
-      *target(m, run, begin, end, used, first, place, current).sumsq = sum;
-      current = m.keys[place];
-      first = false;
-      sum = 0;
+  // A warp's worth of the team adds squares, each up to its row within its class; keys ascend, so that rows
+  // of the same class follow each other.
+  if (threadIdx.x % m.team >= part) return;
+  const int lane = threadIdx.x % part;
+  double carried = 0;
+  unsigned carried_key = kNone;
+  for (int top = 0; top < m.run; top += part) {
+    const int r = top + lane;
+    const bool has = r < m.run && begin + r < end;
+    const unsigned key = has ? m.keys[begin + r] : kNone;
+    double sum = has ? mine[r] : 0;
+    for (int step = 1; step < part; step *= 2) {
+      const double before = __shfl_up_sync(kFull, sum, step, part);
+      const unsigned its_key = __shfl_up_sync(kFull, key, step, part);
+      if (lane >= step && its_key == key) sum += before;
     }
-    sum += mine[place - begin];
+    if (key == carried_key) sum += carried;
+    if (has && (begin + r + 1 == end || m.keys[begin + r + 1] != key)) {
+      *target(m, m.partials, run, begin, end, key).sumsq = sum;
+    }
+    carried = __shfl_sync(kFull, sum, part - 1, part);
+    carried_key = __shfl_sync(kFull, key, part - 1, part);
   }
-  *target(m, run, begin, end, used, first, end, current).sumsq = sum;
 }
 
-// One block per run and tile of columns: the class that starts in the run and continues beyond it, if any.
-__global__ void __launch_bounds__(kThreads) moments_join(const Moments m) {
-  __shared__ double of_warp[kWarps][32];
-  const int64_t run = blockIdx.x % m.runs, tile = blockIdx.x / m.runs, tiles = gridDim.x / m.runs;
-  const int64_t used = m.starts[m.C], begin = run * m.run, end = begin + m.run;
-  if (end >= used) return;
-  const unsigned c = m.keys[end];
-  if (m.starts[c] < begin || m.starts[c] >= end) return;
-  const int64_t n = (m.starts[c + 1] - 1) / m.run - run + 1;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int64_t first = tile * 32; first <= m.p; first += tiles * 32) {
-    const int64_t column = first + lane;
-    double sum = 0;
-    if (column <= m.p) {
-      for (int64_t i = n * warp / kWarps; i < n * (warp + 1) / kWarps; i++) {
-        sum += m.partials[(2 * (run + i) + (i == 0 ? 1 : 0)) * (m.p + 1) + column];
+struct Join {
+  Moments m;
+  const double* from;  // [runs, 2, p + 1]
+  double* to;          // [cover(runs, kGroup), 2, p + 1]
+  int64_t run;         // rows, of those of `from`
+};
+
+// One warp per group of 32 runs, which are one run of the next level, and 32 columns, the last of them sumsq.
+__global__ void __launch_bounds__(kThreads) moments_join(const Join j) {
+  const Moments& m = j.m;
+  const int lane = threadIdx.x % 32;
+  const int64_t tiles = cover(m.p + 1, 32),
+                of_grid = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t group = of_grid / tiles, column = of_grid % tiles * 32 + lane;
+  const int64_t used = m.starts[m.C], begin = group * kGroup * j.run, end = min(begin + kGroup * j.run, used);
+  if (begin >= used) return;
+
+  // Bit i: the i-th run begins within a class; ends within one; ends within one that it began within.
+  const int64_t top = begin + lane * j.run, bottom = top + j.run;
+  const unsigned first = top < used ? m.keys[top] : kNone, after = bottom < used ? m.keys[bottom] : kNone;
+  const unsigned heads = __ballot_sync(kFull, top > 0 && top < used && m.keys[top - 1] == first);
+  const unsigned tails = __ballot_sync(kFull, bottom < used && m.keys[bottom - 1] == after);
+  const unsigned through = heads & tails & __ballot_sync(kFull, first == after);
+
+  double sum = 0;
+  constexpr int kTogether = 8;
+  for (int base = 0; base < kGroup; base += kTogether) {
+    double head[kTogether], tail[kTogether];
+#pragma unroll
+    for (int b = 0; b < kTogether; b++) {
+      const double* partial = j.from + 2 * (group * kGroup + base + b) * (m.p + 1) + column;
+      const bool in = column <= m.p;
+      head[b] = in && heads >> (base + b) & 1 ? partial[0] : 0;
+      tail[b] = in && (tails & ~through) >> (base + b) & 1 ? partial[m.p + 1] : 0;
+    }
+#pragma unroll
+    for (int b = 0; b < kTogether; b++) {
+      const int i = base + b;
+      const auto store = [&](unsigned c) {
+        const Target to = target(m, j.to, group, begin, end, c);
+        if (column <= m.p) *(column < m.p ? to.sums + column : to.sumsq) = sum;
+      };
+      if (heads >> i & 1) {
+        sum += head[b];
+        if (!(through >> i & 1)) store(__shfl_sync(kFull, first, i));
       }
+      if ((tails & ~through) >> i & 1) sum = tail[b];
+      if (i == kGroup - 1 && tails >> i & 1) store(__shfl_sync(kFull, after, i));
     }
-    of_warp[warp][lane] = sum;
-    __syncthreads();
-    if (warp == 0 && column <= m.p) {
-      for (int w = 1; w < kWarps; w++) sum += of_warp[w][lane];
-      *(column < m.p ? m.sums + c * m.p + column : m.sumsq + c) = sum;
-    }
-    __syncthreads();
   }
 }
 
@@ -356,19 +396,19 @@ int run_of(int64_t N, int team) {
 }
 
 struct Workspace {
+  Carver carver;
   unsigned *keys[2], *rows[2], *before, *totals, *starts;
-  double* partials;
-  int64_t tiles, runs, bytes;
+  std::vector<double*> partials;  // of each level
+  int64_t tiles, runs;
   int team, run;
   int passes = 0;  // of the sort, from one side to the other
 
-  Workspace(const ClassMoments& call, void* memory) {
+  Workspace(const ClassMoments& call, void* memory) : carver(memory) {
     while (passes == 0 || call.C >> 8 * passes != 0) passes++;
     team = team_of(cover(call.p, aligned(call) ? 16 / element_bytes(call.dtype) : 1));
     run = run_of(call.N, team);
     tiles = cover(call.N, kTile);
     runs = cover(call.N, run);
-    Carver carver(memory);
     for (int side = 0; side < 2; side++) {
       keys[side] = carver.take<unsigned>(call.N);
       rows[side] = carver.take<unsigned>(call.N);
@@ -376,14 +416,15 @@ struct Workspace {
     before = carver.take<unsigned>(kDigits * tiles);
     totals = carver.take<unsigned>(kDigits);
     starts = carver.take<unsigned>(call.C + 1);
-    partials = carver.take<double>(runs * 2 * (call.p + 1));
-    bytes = carver.used();
+    for (int64_t n = runs; partials.empty() || n > 1; n = cover(n, kGroup)) {
+      partials.push_back(carver.take<double>(n * 2 * (call.p + 1)));
+    }
   }
 };
 
 }  // namespace
 
-int64_t class_moments_workspace(const ClassMoments& call) { return Workspace(call, nullptr).bytes; }
+Carver class_moments_workspace(const ClassMoments& call) { return Workspace(call, nullptr).carver; }
 
 ClassOrder class_moments_order(const ClassMoments& call, void* workspace) {
   const Workspace w(call, workspace);
@@ -406,11 +447,10 @@ std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace
     add(&plan, "digit_scatter", &digit_scatter, w.tiles, kThreads, sort);
   }
   const int side = w.passes % 2;
-  const Moments m = {call.N,         call.p,     call.C,       static_cast<const char*>(call.features),
-                     call.row_bytes, call.shift, call.counts,  call.sums,
-                     call.sumsq,     call.radii, w.keys[side], w.rows[side],
-                     w.starts,       w.partials, w.runs,       w.run,
-                     w.team};
+  const Moments m = {call.N,         call.p,        call.C,       static_cast<const char*>(call.features),
+                     call.row_bytes, call.shift,    call.counts,  call.sums,
+                     call.sumsq,     call.radii,    w.keys[side], w.rows[side],
+                     w.starts,       w.partials[0], w.run,        w.team};
   add(&plan, "moments_bounds", &moments_bounds, cover(call.C + 1, kWarps), kThreads, m);
   const int64_t grid = cover(w.runs, kThreads / w.team);
   switch (call.dtype) {
@@ -427,8 +467,14 @@ std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace
       add_rows<3, 8>(&plan, aligned(call), grid, m);
       break;
   }
-  add(&plan, "moments_join", &moments_join, w.runs * std::min(kJoinTiles, cover(call.p + 1, 32)), kThreads,
-      m);
+  int64_t run = w.run, runs = w.runs;
+  for (size_t level = 0; runs > 1; level++) {
+    const bool last = level + 1 == w.partials.size();  // one group, which no class leaves
+    const Join join = {m, w.partials[level], last ? nullptr : w.partials[level + 1], run};
+    run *= kGroup;
+    runs = cover(runs, kGroup);
+    add(&plan, "moments_join", &moments_join, cover(runs * cover(call.p + 1, 32), kWarps), kThreads, join);
+  }
   return plan;
 }
 

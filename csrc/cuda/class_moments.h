@@ -6,11 +6,13 @@
 //   bounds         where each class starts in that order
 //   moments_rows   a team of threads walks a run of rows, a thread holding 16 bytes' worth of columns; what a
 //                  run sees whole it writes, what continues beyond it becomes a partial result
-//   moments_join   adds the partial results of a class in their order
+//   moments_join   the same for 32 runs at a time, which are one run of the next level; once per level, until
+//                  there is one run
 //
-// A run has a fixed number of rows whatever their classes, so that one class with half of the rows, or a
-// hundred thousand with a few, load every processor alike. Every boundary depends on the shapes alone and no
-// result on the order in which blocks run: results are bitwise the same from call to call.
+// A run has a fixed number of rows whatever their classes, and so have those of every level: one class with
+// half of the rows, or a hundred thousand with a few, load every processor alike. Every boundary depends on
+// the shapes alone and no result on the order in which blocks run: results are bitwise the same from call to
+// call.
 //
 // Differences are rounded once, to float32 (float64 for float64 features); their squares and all sums are
 // float64.
@@ -25,7 +27,7 @@
 namespace ncfast {
 
 struct ClassMoments {
-  int64_t N, p, C;  // N < 2^31, C < 2^32 - 1
+  int64_t N, p, C;  // N < 2^31, p < 2^30, C < 2^32 - 1
   Dtype dtype;
   const void* features;  // [N, p], columns contiguous, aligned to their elements
   int64_t row_bytes;     // from one row to the next, a multiple of the element; may be 0 or negative
@@ -47,8 +49,8 @@ inline bool aligned(const ClassMoments& call) {
   return reinterpret_cast<uintptr_t>(call.features) % 16 == 0 && call.row_bytes % 16 == 0;
 }
 
-// Bytes of device memory, aligned to 256, that the plan needs beside its outputs.
-int64_t class_moments_workspace(const ClassMoments& call);
+// What the plan needs beside its outputs: device memory aligned to 256.
+Carver class_moments_workspace(const ClassMoments& call);
 
 // Reads no device memory.
 std::vector<Launch> class_moments_plan(const ClassMoments& call, void* workspace);

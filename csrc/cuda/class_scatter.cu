@@ -19,7 +19,6 @@ constexpr int kColumns = 4;        // that a thread centres
 constexpr int kTallest = 64, kWidest = 32;       // a warp's part of a tile: rows and columns of the scatter
 constexpr int kCells = kTallest * kWidest / 32;  // of a tile in a thread's registers
 constexpr int64_t kBlocks = 528;                 // two rounds of two blocks on each of 132 multiprocessors
-constexpr unsigned kNone = 0xffffffffu;
 
 static_assert(kRows == 32 && kSide == 32 * kColumns && kSide * kSide == kCells * kThreads);
 
@@ -316,7 +315,7 @@ void add_pairs(std::vector<Launch>* plan, bool aligned, int planes, const Scatte
 
 Scatter carve(const ClassScatter& call, Carver* workspace) {
   const ClassMoments& m = call.moments;
-  void* of_moments = workspace->take<char>(class_moments_workspace(m));
+  void* of_moments = workspace->take<char>(class_moments_workspace(m).used());
   Scatter s = {};
   s.p = m.p;
   s.C = m.C;
@@ -340,10 +339,10 @@ int class_scatter_shared(Dtype dtype, int planes) {
          static_cast<int>(sizeof(float[kWarps][kSide]));
 }
 
-int64_t class_scatter_workspace(const ClassScatter& call) {
+Carver class_scatter_workspace(const ClassScatter& call) {
   Carver nothing(nullptr);
   carve(call, &nothing);
-  return nothing.used();
+  return nothing;
 }
 
 std::vector<Launch> class_scatter_plan(const ClassScatter& call, void* workspace) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -31,22 +32,33 @@ void add(std::vector<Launch>* plan, const std::string& kernel, void (*function)(
 // Enqueues on `stream` of `device` and returns; throws std::runtime_error when CUDA refuses a launch.
 void run(const std::vector<Launch>& plan, int device, void* stream);
 
+// Why `device` cannot run this build's kernels: no machine code for it, or a driver older than the runtime.
+// Launches nothing.
+std::optional<std::string> refuses(int device);
+
 // Hands out the parts of a workspace, 256 bytes aligned; with a null workspace it only counts.
 class Carver {
  public:
+  struct Part {
+    int64_t start, bytes;
+  };
+
   explicit Carver(void* workspace) : start_(static_cast<char*>(workspace)) {}
 
   template <class T>
   T* take(int64_t n) {
+    parts_.push_back({used_, n * static_cast<int64_t>(sizeof(T))});
     T* part = start_ ? reinterpret_cast<T*>(start_ + used_) : nullptr;
-    used_ += (n * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    used_ += (parts_.back().bytes + 255) / 256 * 256;
     return part;
   }
   int64_t used() const { return used_; }
+  const std::vector<Part>& parts() const { return parts_; }
 
  private:
   char* start_;
   int64_t used_ = 0;
+  std::vector<Part> parts_;
 };
 
 }  // namespace ncfast

@@ -1,5 +1,6 @@
 """Where CUDA C++ kernels can run, and how they are launched: all that the `cuda.py` of every room share."""
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,17 @@ def refuses_device(tensor: torch.Tensor) -> str | None:
     """Only tensors in a CUDA device's memory have addresses the kernels can read."""
     if tensor.device.type != "cuda" or torch.version.cuda is None:
         return f"the features are on {tensor.device}"
-    return None if tensor.shape[0] < 2**31 else "there are 2³¹ rows or more"
+    if tensor.shape[0] >= 2**31:
+        return "there are 2³¹ rows or more"
+    return _refuses(tensor.device.index)
+
+
+@functools.cache
+def _refuses(device: int) -> str | None:
+    """Why a device cannot run what was built: the answer stays the same, and asking takes CUDA a while."""
+    import ncfast._cuda as _cuda
+
+    return _cuda.refuses(device)
 
 
 def run(call: Any, device: torch.device) -> None:

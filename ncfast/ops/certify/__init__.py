@@ -44,6 +44,14 @@ def certify(
         offset: added to every radius.
 
     """
+    # Kernels are handed addresses, and measure() makes all of these.
+    vectors = (gap, *limits)
+    assert radii.dtype in (torch.float32, torch.float64)
+    assert labels.dtype in (torch.int64, torch.int32)
+    assert len(limits) in (1, 2)
+    assert labels.shape == radii.shape == (len(radii),)
+    assert all(v.dtype == torch.float64 and v.shape == (len(gap),) for v in vectors)
+    assert all(tensor.device == radii.device for tensor in (labels, *vectors))
     run = dispatch.select("certify", radii)
     result: Certified = run(radii, labels, gap, limits, scale=scale, offset=offset)
     return result

@@ -38,7 +38,6 @@ def describe(
     """Allocate the results: them, the call that fills them, and the tensors that it reads."""
     import ncfast._cuda as _cuda
 
-    assert len(limits) in (1, 2)
     radii, gap, *limits = (tensor.contiguous() for tensor in (radii, gap, *limits))
     undecided = labels.new_empty(len(radii), dtype=torch.int64)
     counts = undecided.new_empty(4)

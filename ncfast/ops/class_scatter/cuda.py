@@ -14,7 +14,9 @@ _PLANES = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 for a float32
 
 
 def lacks(features: torch.Tensor, *, scatter: bool = True, **_: int) -> str | None:
-    """The products are of bfloat16, and their operands wait in shared memory."""
+    """Columns are counted in 32 bits; the products are of bfloat16, their operands wait in shared memory."""
+    if features.shape[1] >= 2**30:
+        return "there are 2³⁰ dimensions or more"
     if not scatter:
         return None
     if features.dtype == torch.float64:
