@@ -1,5 +1,6 @@
 """dispatch: forced paths run or raise, choices are declared and can be explained."""
 
+import contextlib
 import types
 
 import pytest
@@ -85,16 +86,23 @@ def test_a_backend_that_lacks_an_option_is_passed_over(monkeypatch):
 def test_cuda_is_for_devices_that_its_build_runs_on(monkeypatch):
     """A device without machine code in this build (5) is left to Triton or the reference, not tried."""
     _cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
-    asked = []
+    current, asked = [], []
 
-    def refuses(device):
-        asked.append(device)
-        return "no kernel image" if device == 5 else None
+    @contextlib.contextmanager
+    def switched(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def refuses():
+        asked.append(*current)
+        return "no kernel image" if asked[-1] == 5 else None
 
     def radii(device):
         return types.SimpleNamespace(shape=(4,), device=torch.device("cuda", device), is_cuda=True)
 
     monkeypatch.setattr(_cuda, "refuses", refuses)
+    monkeypatch.setattr(torch.cuda, "device", switched)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     launch._refuses.cache_clear()
     try:
@@ -113,7 +121,7 @@ def test_cuda_is_for_devices_that_its_build_runs_on(monkeypatch):
 def test_without_a_gpu_cuda_says_so():
     """What refuses is an answer; what is run nevertheless is an error that names the call."""
     _cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
-    assert _cuda.refuses(0).startswith("CUDA says: ")
+    assert _cuda.refuses().startswith("CUDA says: ")
     with pytest.raises(RuntimeError, match="cudaSetDevice: "):
         _cuda.run([], 0, 0)
 

@@ -9,24 +9,27 @@ namespace ncfast {
 // Compiled for the architectures that all kernels are compiled for: whether it can be loaded goes for them.
 static __global__ void probe() {}
 
-std::optional<std::string> refuses(int device) {
-  int before;
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) {
-    error = cudaSetDevice(device);
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, probe);
-    cudaSetDevice(before);
-  }
-  cudaGetLastError();  // answered here, not left to the next call
-  if (error == cudaSuccess) return std::nullopt;
-  return std::string("CUDA says: ") + cudaGetErrorString(error);
-}
-
 constexpr int kSharedByDefault = 48 * 1024;
 
 static void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+std::optional<std::string> refuses() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInsufficientDriver:
+    case cudaErrorNoDevice:
+      cudaGetLastError();  // answered here, not left to the next call
+      return std::string("CUDA says: ") + cudaGetErrorString(error);
+    default:  // out of memory, say, which will not last
+      check(error, "cudaFuncGetAttributes");
+      return std::nullopt;
+  }
 }
 
 void run(const std::vector<Launch>& plan, int device, void* stream) {

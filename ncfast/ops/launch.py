@@ -20,7 +20,8 @@ def _refuses(device: int) -> str | None:
     """Why a device cannot run what was built: the answer stays the same, and asking takes CUDA a while."""
     import ncfast._cuda as _cuda
 
-    return _cuda.refuses(device)
+    with torch.cuda.device(device):
+        return _cuda.refuses()
 
 
 def run(call: Any, device: torch.device) -> None:
