@@ -47,12 +47,11 @@ class BuildExt(build_ext):
 
     def run(self):
         name = self.get_ext_filename("ncfast._cuda")
-        built = Path(self.build_lib, name)
         if "ncfast._cuda" not in [ext.name for ext in self.extensions]:
-            built.unlink(missing_ok=True)
+            Path(self.build_lib, name).unlink(missing_ok=True)
+        if self.inplace:
+            Path(name).unlink(missing_ok=True)  # also as what is copied there would have to be newer
         super().run()
-        if self.inplace and not built.exists():
-            Path(name).unlink(missing_ok=True)
 
     def build_extension(self, ext):
         if ext.name != "ncfast._cuda":

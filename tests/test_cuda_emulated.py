@@ -98,7 +98,9 @@ def emulate(ptx, call, memory, race=True, grids=None, fill=0xA5, backwards=False
 def from_the_last_block(ptx):
     """The same kernels, each block doing what the one as far from the other end of the grid does."""
     opposite = r"\g<0> not.b32 \1, \1; add.s32 \1, \1, %nctaid.x;"
-    return re.sub(r"mov\.u32\s+(%r\d+), %ctaid\.x;", opposite, ptx)
+    turned, count = re.subn(r"mov\.u32\s+(%r\d+), %ctaid\.x;", opposite, ptx)
+    assert count == ptx.count("%ctaid.x") > 0
+    return turned
 
 
 def execute(
@@ -110,9 +112,13 @@ def execute(
     radii=True,
     precision="high",
     ignore_index=-100,
+    in_use=None,
     **emulation,
 ):
-    """What `cuda.class_scatter` does, with the launch emulated and the results poisoned; also what ran."""
+    """What `cuda.class_scatter` does, with the launch emulated and the results poisoned; also what ran.
+
+    Of the features the kernels may read the rows `in_use` alone, if that is given.
+    """
     result, call, read = cuda.describe(
         features,
         labels,
@@ -125,6 +131,9 @@ def execute(
     outputs = [tensor for tensor in result if tensor is not None]
     for tensor in outputs:  # NaN is an answer among the radii
         tensor.fill_(-1 if tensor.dtype == torch.int64 or tensor is result.radii else torch.nan)
+    if in_use is not None:
+        assert read[0] is features
+        read = [features[in_use].numpy(), *read[1:]]  # of a tensor the emulator takes the whole storage
     ran = emulate(ptx, call, [*read, *outputs], **emulation)
     return result, ran
 
@@ -276,12 +285,19 @@ def test_classes_of_many_runs(ptx):
     assert torch.equal(result.sumsq, truth.sumsq)
 
 
-def test_ignored_rows_are_never_read(ptx):
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize(
+    "in_use", [slice(10, 47), slice(0, 0)]
+)  # runs and row tiles end within; no row at all
+def test_ignored_rows_are_never_read(ptx, in_use, scatter):
     features, labels, shift = sample(60, 8, 4)
-    features[labels == -100] = torch.nan
-    result, _ = execute(ptx, features, labels, shift, radii=False)
-    assert result.sums.isfinite().all()
+    kept = torch.zeros(60, dtype=torch.bool)
+    kept[in_use] = True
+    labels = torch.where(kept, labels.clamp(min=0), -100)
+    features[~kept] = torch.nan
+    result, _ = execute(ptx, features, labels, shift, scatter=scatter, radii=False, in_use=in_use)
     assert result.radii is None
+    assert result.counts.sum() == kept.sum()
     assert_close(result, features.nan_to_num(), labels, shift)
 
 

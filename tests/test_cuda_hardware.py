@@ -45,7 +45,7 @@ def compute(inputs, **options):
 
 
 def test_the_device_is_taken():
-    assert _cuda.refuses() is None
+    assert _cuda.refuses(torch.cuda.current_device()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -86,7 +86,7 @@ def test_certify(N):
 
 
 def test_on_a_stream_of_its_own():
-    """Work queued on the current stream before the call is waited for, and only that stream is."""
+    """Work queued on the current stream before the call is waited for."""
     features, labels, shift = sample(3000, 200, 7)
     expected = compute((features, labels, shift))[0]
     late = torch.full_like(features, torch.nan)

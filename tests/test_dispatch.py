@@ -94,9 +94,10 @@ def test_cuda_is_for_devices_that_its_build_runs_on(monkeypatch):
         yield
         current.pop()
 
-    def refuses():
-        asked.append(*current)
-        return "no kernel image" if asked[-1] == 5 else None
+    def refuses(device):
+        assert current == [device]
+        asked.append(device)
+        return "no kernel image" if device == 5 else None
 
     def radii(device):
         return types.SimpleNamespace(shape=(4,), device=torch.device("cuda", device), is_cuda=True)
@@ -121,7 +122,7 @@ def test_cuda_is_for_devices_that_its_build_runs_on(monkeypatch):
 def test_without_a_gpu_cuda_says_so():
     """What refuses is an answer; what is run nevertheless is an error that names the call."""
     _cuda = pytest.importorskip("ncfast._cuda", reason="ncfast was built without CUDA")
-    assert _cuda.refuses().startswith("CUDA says: ")
+    assert _cuda.refuses(0).startswith("CUDA says: ")
     with pytest.raises(RuntimeError, match="cudaSetDevice: "):
         _cuda.run([], 0, 0)
 

@@ -104,8 +104,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("certify", &certify, "N"_a, "C"_a, "radii"_a, "radius_size"_a, "labels"_a, "label_size"_a,
         "label_bytes"_a, "gap"_a, "first"_a, "second"_a, "scale"_a, "offset"_a, "undecided"_a, "counts"_a);
 
-  m.def("refuses", &ncfast::refuses,
-        "Why the current device cannot run these kernels (no machine code for it, an old driver), or None.");
+  m.def("refuses", &ncfast::refuses, "device"_a,
+        "Why a device cannot run these kernels (no machine code for it, an old driver), or None.");
 
   const char* bytes = "Bytes of device memory that `plan` needs.";
   m.def("workspace", &workspace<ncfast::ClassMoments, ncfast::class_moments_workspace>, "call"_a, bytes);

@@ -15,19 +15,22 @@ static void check(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
 }
 
-std::optional<std::string> refuses() {
+std::optional<std::string> refuses(int device) {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, probe);
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilationDisabled:
+    case cudaErrorJitCompilerNotFound:
     case cudaErrorInsufficientDriver:
     case cudaErrorNoDevice:
       cudaGetLastError();  // answered here, not left to the next call
       return std::string("CUDA says: ") + cudaGetErrorString(error);
     default:  // out of memory, say, which will not last
-      check(error, "cudaFuncGetAttributes");
+      check(error, "whether the kernels can be loaded");
       return std::nullopt;
   }
 }

@@ -32,9 +32,9 @@ void add(std::vector<Launch>* plan, const std::string& kernel, void (*function)(
 // Enqueues on `stream` of `device` and returns; throws std::runtime_error when CUDA refuses a launch.
 void run(const std::vector<Launch>& plan, int device, void* stream);
 
-// Why the current device cannot run this build's kernels: no machine code for it, or a driver older than the
-// runtime. Launches nothing; throws std::runtime_error for any other error.
-std::optional<std::string> refuses();
+// Why `device` cannot run this build's kernels: no machine code for it, or a driver older than the runtime.
+// Launches nothing; throws std::runtime_error for any other error. As `run`, leaves `device` the current one.
+std::optional<std::string> refuses(int device);
 
 // Hands out the parts of a workspace, 256 bytes aligned; with a null workspace it only counts.
 class Carver {

@@ -21,7 +21,7 @@ def _refuses(device: int) -> str | None:
     import ncfast._cuda as _cuda
 
     with torch.cuda.device(device):
-        return _cuda.refuses()
+        return _cuda.refuses(device)
 
 
 def run(call: Any, device: torch.device) -> None:
