@@ -15,6 +15,7 @@ from ncfast.ops.class_scatter import (
     PRECISIONS,
     ClassScatter,
     accumulate,
+    as_stored,
     check_features,
     check_label_range,
     check_labels,
@@ -301,7 +302,7 @@ class ClassStatistics:
             raise ValueError(f"features must have shape [N, {self.dim}], got {list(features.shape)}")
         if features.device != self.counts.device:
             raise ValueError(f"features are on {features.device} but the state is on {self.counts.device}")
-        return features.detach(), labels
+        return as_stored(features), labels
 
     def _screened(
         self, features: torch.Tensor, labels: torch.Tensor

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ncfast
+from ncfast.ops.affine_argmax import center_rule
 
 MACHINES = [(name, None) for name in backends.available("affine_argmax") if name != "cpu"]
 if "cpu" in backends.available("affine_argmax"):
@@ -161,6 +162,8 @@ def test_equal_means_are_ties(backend, C, p, offset):
     means = torch.randn(C, p, generator=generator, dtype=torch.float64) + offset
     means = torch.cat([means, means.flip(0), means])  # each mean three times
     features = (means[:C].repeat(20, 1) + 0.3 * torch.randn(20 * C, p, generator=generator)).float()
+    _, bias = center_rule(means.T.contiguous().T)  # whatever their layout
+    assert torch.equal(bias[2 * C :], bias[:C])
     with backends.forced("affine_argmax", backend):
         decided = ncfast.nearest_class_center(features, means)
     assert decided.max() < C

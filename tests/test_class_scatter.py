@@ -1,5 +1,7 @@
 """class_scatter: every instruction set this machine has against the float64 reference."""
 
+import contextlib
+import math
 import os
 import signal
 import threading
@@ -178,6 +180,29 @@ def test_nonfinite(dtype, bad, scatter):
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_what_a_small_batch_accepts_does_not_overflow(isa, precision):  # noqa: ARG001 (a fixture)
+    """Rows on either side of the largest square that is taken, whose sums of squares are rounded."""
+    limit = math.sqrt(torch.finfo(torch.float32).max / 2**20)
+    taken = 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        row = torch.randn(1, 100, generator=generator)
+        row *= (
+            limit
+            * (0.5 ** (seed % 2) * (1 + 1e-7 * torch.randn((), generator=generator))) ** 0.5
+            / row.norm()
+        )
+        stats = ncfast.ClassStatistics(1, 100, shift=torch.zeros(1, 100), precision=precision)
+        with ncfast.use_backend("cpu"):
+            stats.update(torch.zeros(1, 100), torch.tensor([0]))  # the first batch goes another way
+            with contextlib.suppress(ValueError):
+                taken += int(stats.update(row, torch.tensor([0])).num_samples - 1)
+        assert stats.sumsq.isfinite().all()
+        assert stats.scatter.isfinite().all()
+    assert 0 < taken < 60
+
+
 def test_squares_that_overflow():
     features, labels, shift = sample(90, 35, 3)
     with pytest.raises(ValueError, match="overflow"):
@@ -259,10 +284,16 @@ def test_deep_collapse(case, batch):
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_the_error_does_not_grow_with_the_samples(precision):
-    """The same rows 400 times over: every sum is 400 times the first, to what was promised for the first."""
+    """The same rows 400 times over: every sum is 400 times the first, to what was promised for the first.
+
+    Rows are sorted 2²⁰ at a time, which does not divide the repetitions.
+    """
     features, labels, shift = sample(10_000, 8, 3)
-    once = on_reference(features, labels, shift)
-    many = on_cpu(features.repeat(400, 1), labels.repeat(400), shift, precision=precision)
+    once = on_reference(features, labels, shift, radii=True)
+    many = on_cpu(features.repeat(400, 1), labels.repeat(400), shift, radii=True, precision=precision)
+    radii = many.radii.view(400, 10_000)
+    assert torch.equal(radii.isnan(), once.radii.isnan().expand(400, -1))
+    assert ((radii - once.radii).abs() <= 1e-6 * once.radii).logical_or(radii.isnan()).all()
     for a, b in zip(many[1:4], once[1:4], strict=True):
         assert ((a / 400 - b).abs() <= 1e-6 * b.abs().max()).all()
 

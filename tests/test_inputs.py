@@ -201,6 +201,35 @@ def test_layouts(dtype, backend):
                 oracle.assert_within(ours, theirs, bound, name)
 
 
+@pytest.mark.parametrize("backend", WHOLE)
+def test_results_are_where_the_features_are(backend):
+    """Not on the default device: a kernel would write to addresses that are not its own."""
+    features, labels = GOOD
+    weight = torch.eye(3, 4)
+    expected = ncfast.measure(features, labels, weight).as_dict()
+    with ncfast.use_backend(backend), torch.device("meta"):
+        assert ncfast.measure(features, labels, weight).as_dict() == pytest.approx(expected)
+        assert ncfast.nearest_class_center(features, weight).device.type == "cpu"
+
+
+@pytest.mark.parametrize("backend", WHOLE)
+def test_a_negation_still_to_come(backend):
+    """PyTorch keeps the sign of a conjugate's imaginary part, say, out of memory."""
+    features, labels, weight = GOOD[0].double() - 7.5, GOOD[1], torch.eye(3, 4, dtype=torch.float64)
+    lazy, lazy_weight = torch._neg_view(-features), torch._neg_view(-weight)
+    assert lazy.is_neg()
+    with ncfast.use_backend(backend):
+        for call in (
+            lambda h, w: ncfast.measure(h, labels, w).as_dict(),
+            lambda h, w: ncfast.class_scatter(h, labels, w).sums.tolist(),
+            lambda h, w: ncfast.affine_argmax(h, w).tolist(),
+            lambda h, w: ncfast.decision_radius(w, None, h[:3]).tolist(),
+        ):
+            expected = call(features, weight)
+            assert call(lazy, weight) == expected
+            assert call(features, lazy_weight) == expected
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_repeated_by_stride_zero(backend):
     with forced("class_scatter", backend):

@@ -55,7 +55,7 @@ struct PackedRule {
 
 // E of the header, rounded up; infinite where it, or a partial sum, might have left the range of float32.
 double error_bound(const Norms& row, const PackedRule& rule, double depth, int64_t p) {
-  constexpr double u = 1.0 / (1 << 24), kUnderflow = 0x1p-120;
+  constexpr double u = 1.0 / (1 << 24), kUnderflow = 0x1p-110;
   constexpr double kInRange = 1e37;
   const Norms& v = rule.largest;
   if (!(row.seen * v.seen + rule.largest_bias < kInRange)) return std::numeric_limits<double>::infinity();
@@ -63,7 +63,8 @@ double error_bound(const Norms& row, const PackedRule& rule, double depth, int64
       depth * u * (row.seen * v.seen + rule.largest_bias) + u * rule.largest_bias + rule.bias_slack;
   const double error =
       row.residual * (v.seen + v.residual) + row.seen * v.residual + row.low * v.low + rounding;
-  // Products that are denormal, and numbers that are where a thread takes those for zero.
+  // Products that are denormal, and numbers, or products of two scales of integers, where a thread takes
+  // those for zero.
   const double underflow = (depth + p) * (1 + row.seen + v.seen) * kUnderflow;
   return error < kInRange ? error * (1 + 1e-6) + underflow : std::numeric_limits<double>::infinity();
 }

@@ -159,6 +159,7 @@ class Pass {
         panels_.push_back({p, padded, 0, rows, tile, call_.precision, memory.get() + i * panel_bytes});
       }
       scratch_ = memory.get() + panels * panel_bytes;
+      tiles_ = tiles_of(panels_[0]);
       for (int64_t j = 0; j < p; j++) diagonal.push_back(call_.scatter[j * p + j]);
     }
     for (int64_t first = 0; first < call_.N; first += kChunk) {
@@ -304,16 +305,21 @@ class Pass {
     }
   }
 
-  void multiply_tiles(int64_t rows) {
-    const Panel& panel = panels_[0];
+  // The tiles of the multiply stage. Those off the diagonal cost most: those on it come last, so that threads
+  // finish together.
+  static std::vector<std::pair<int64_t, int64_t>> tiles_of(const Panel& panel) {
     const int64_t side = panel.tile, tiles = (panel.padded + side - 1) / side;
-    // The tiles below the diagonal cost most: those on it come last, so that threads finish together.
     std::vector<std::pair<int64_t, int64_t>> pairs;
     for (int64_t apart = tiles - 1; apart >= 0; apart--) {
       for (int64_t I = 0; I + apart < tiles; I++) pairs.emplace_back(I * side, (I + apart) * side);
     }
-    parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(pairs.size()), [&](int64_t i, int slot) {
-      body_.multiply(panel, pairs[i].first, pairs[i].second, call_.scatter, scratch_ + slot * scratch_bytes_);
+    return pairs;
+  }
+
+  void multiply_tiles(int64_t rows) {
+    parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(tiles_.size()), [&](int64_t i, int slot) {
+      body_.multiply(panels_[0], tiles_[i].first, tiles_[i].second, call_.scatter,
+                     scratch_ + slot * scratch_bytes_);
     });
   }
 
@@ -338,7 +344,8 @@ class Pass {
   int64_t chunk_ = 0, strip_ = 0, ahead_ = 0;
   Order order_;
   std::vector<Panel> panels_;  // one, or one per thread, or none to stream
-  char* scratch_ = nullptr;    // of scratch_bytes_ per thread
+  std::vector<std::pair<int64_t, int64_t>> tiles_;
+  char* scratch_ = nullptr;  // of scratch_bytes_ per thread
   size_t scratch_bytes_ = 0;
 };
 
@@ -419,7 +426,7 @@ Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
     group.shift[0] = reinterpret_cast<const char*>(k);
     Real square;
     body.stream(group, p, &square);
-    finite = std::isfinite(checked(square));
+    finite = std::isfinite(checked(2 * square));  // added up in another order it may be a little larger
   }
   const auto undo = [&] {
     for (size_t c = 0; c < chosen.size(); c++) std::copy_n(&overwritten[c * p], p, chosen[c]);

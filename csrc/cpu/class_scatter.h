@@ -40,8 +40,8 @@ struct ClassScatter {
   const void* shift;     // [C, p] contiguous; float64 when the features are, else float32
   Precision precision;
 
-  // The results are added to what these hold. Only the diagonal and the upper triangle of the scatter are
-  // written unless `symmetric`.
+  // The results are added to what these hold. Below its diagonal the scatter is without meaning unless
+  // `symmetric`.
   int64_t* counts;  // [C]
   double* sums;     // [C, p] sum of h - k_y
   double* sumsq;    // [C] sum of |h - k_y|^2; infinite or NaN when a residual is, or when squares overflow

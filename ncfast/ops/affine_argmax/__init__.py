@@ -6,7 +6,7 @@ from typing import cast
 import torch
 
 from ncfast.ops import dispatch
-from ncfast.ops.class_scatter import check_features
+from ncfast.ops.class_scatter import as_stored, check_features
 
 
 def affine_argmax(
@@ -84,7 +84,7 @@ def center_rule(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Written about a point m, so that a large common offset costs no digits: v_c = μ_c − m and
     ⟨v_c, h⟩ + b_c = ⟨v_c, h − m⟩ − ½‖v_c‖².
     """
-    means = means.detach().double()
+    means = means.detach().double().contiguous()
     middle = means.mean(0)
     # To the largest power of two in the spread of the means: v_c is about as large as that, and subtracting
     # a point of so few bits from means of few bits is exact, so that ties remain ties.
@@ -101,7 +101,7 @@ def _decide(
 ) -> tuple[torch.Tensor, ...]:
     if features.shape[0] == 0 or not rules:
         return tuple(torch.empty(0, dtype=torch.int64, device=features.device) for _ in rules)
-    return dispatch.select("affine_argmax", features)(features.detach(), rules)
+    return dispatch.select("affine_argmax", features)(as_stored(features), rules)
 
 
 def _checked_rows(features: torch.Tensor, rows: object, name: str) -> torch.Tensor:
@@ -114,7 +114,7 @@ def _checked_rows(features: torch.Tensor, rows: object, name: str) -> torch.Tens
         )
     if rows.device != features.device:
         raise ValueError(f"{name} is on {rows.device} but features are on {features.device}")
-    return rows.detach()
+    return as_stored(rows)
 
 
 def _checked_rule(features: torch.Tensor, weight: object, bias: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +127,7 @@ def _checked_rule(features: torch.Tensor, weight: object, bias: object) -> tuple
         raise ValueError(f"bias must have shape [{rows.shape[0]}], got {list(bias.shape)}")
     if bias.device != features.device:
         raise ValueError(f"bias is on {bias.device} but features are on {features.device}")
-    return rows, bias.detach()
+    return rows, as_stored(bias)
 
 
 # What torch.compile sees of the two functions.

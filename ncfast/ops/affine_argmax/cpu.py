@@ -93,8 +93,8 @@ def _about(middle: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, N: in
         bias=(moved - level).contiguous(),
         weight_slack=unit * (longest + float(_norms(mean[None]))),
         bias_slack=unit * (middle.shape[0] + 8) * largest + _lost(middle.shape[0]),
-        decisions=torch.empty(N, dtype=torch.int64),
-        decided=torch.empty(N, dtype=torch.bool),
+        decisions=torch.empty(N, dtype=torch.int64, device=middle.device),
+        decided=torch.empty(N, dtype=torch.bool, device=middle.device),
     )
 
 

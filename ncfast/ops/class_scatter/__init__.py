@@ -105,9 +105,9 @@ def class_scatter(
         check_label_range(labels, shift.shape[0], ignore_index)
     run = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
     result: ClassScatter = run(
-        features.detach(),
+        as_stored(features),
         labels,
-        shift.detach().to(shift_dtype(features.dtype)),
+        as_stored(shift).to(shift_dtype(features.dtype)),
         scatter=scatter,
         radii=radii,
         precision=precision,
@@ -273,6 +273,11 @@ def far_shifts(counts: torch.Tensor, sums: torch.Tensor, sumsq: torch.Tensor) ->
     return drift > 4 * (sumsq / n - drift).clamp(min=0.0)
 
 
+def as_stored(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers as kernels find them at the tensor's address: no graph, and no negation still to come."""
+    return tensor.detach().resolve_neg()
+
+
 def shift_dtype(features_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which the shift is subtracted: float64 for float64 features, else float32."""
     return torch.float64 if features_dtype == torch.float64 else torch.float32
@@ -330,4 +335,5 @@ def raise_for_nonfinite(features: torch.Tensor, labels: torch.Tensor, ignore_ind
     bad = nonfinite_rows(features) & (labels != ignore_index)
     if bad.any():
         raise RowError("features hold a NaN or an infinity in row {row}", int(bad.nonzero()[0]))
-    raise ValueError("features are so large that their squares overflow; pass them as float64")
+    remedy = "scale them down" if features.dtype == torch.float64 else "pass them as float64"
+    raise ValueError(f"features are so large that their squares overflow; {remedy}")

@@ -29,12 +29,13 @@ def class_scatter(
     """Compute `ncfast.ops.class_scatter` on the fastest instruction set here, or NCFAST_CPU_ISA."""
     N, p = features.shape
     C = shift.shape[0]
+    zeros = features.new_zeros(C, dtype=torch.float64)  # where the features are, not on the default device
     result = ClassScatter(
-        counts=torch.zeros(C, dtype=torch.int64),
-        sums=torch.zeros(C, p, dtype=torch.float64),
-        sumsq=torch.zeros(C, dtype=torch.float64),
-        scatter=torch.zeros(p, p, dtype=torch.float64) if scatter else None,
-        radii=torch.empty(N, dtype=shift_dtype(features.dtype)) if radii else None,
+        counts=torch.zeros_like(zeros, dtype=torch.int64),
+        sums=zeros.new_zeros(C, p),
+        sumsq=zeros,
+        scatter=zeros.new_zeros(p, p) if scatter else None,
+        radii=features.new_empty(N, dtype=shift_dtype(features.dtype)) if radii else None,
     )
     _run(result, features, labels, shift, precision, ignore_index, update=False)
     return result

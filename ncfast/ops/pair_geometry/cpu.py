@@ -24,7 +24,7 @@ def pair_geometry(
     variances = None if variances is None else variances.contiguous()
     statistics = vectors.new_empty(9)
     nearest_distance = vectors.new_empty(C)
-    nearest_index = torch.empty(C, dtype=torch.int64)
+    nearest_index = torch.empty(C, dtype=torch.int64, device=vectors.device)
     _cpu.pair_geometry(
         vectors=vectors.data_ptr(),
         C=C,
