@@ -188,11 +188,8 @@ def test_what_a_small_batch_accepts_does_not_overflow(isa, precision):  # noqa: 
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         row = torch.randn(1, 100, generator=generator)
-        row *= (
-            limit
-            * (0.5 ** (seed % 2) * (1 + 1e-7 * torch.randn((), generator=generator))) ** 0.5
-            / row.norm()
-        )
+        square = 0.5 ** (seed % 2) * (1 + 1e-7 * torch.randn((), generator=generator))  # about all, or half
+        row *= limit * square.sqrt() / row.norm()
         stats = ncfast.ClassStatistics(1, 100, shift=torch.zeros(1, 100), precision=precision)
         with ncfast.use_backend("cpu"):
             stats.update(torch.zeros(1, 100), torch.tensor([0]))  # the first batch goes another way

@@ -286,9 +286,7 @@ def test_classes_of_many_runs(ptx):
 
 
 @pytest.mark.parametrize("scatter", [False, True])
-@pytest.mark.parametrize(
-    "in_use", [slice(10, 47), slice(0, 0)]
-)  # runs and row tiles end within; no row at all
+@pytest.mark.parametrize("in_use", [slice(10, 47), slice(0, 0)])  # runs and row tiles end within; none
 def test_ignored_rows_are_never_read(ptx, in_use, scatter):
     features, labels, shift = sample(60, 8, 4)
     kept = torch.zeros(60, dtype=torch.bool)

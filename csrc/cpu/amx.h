@@ -1,4 +1,5 @@
-// What the AMX bodies share. To be included last, as intrinsics.h.
+// What the AMX bodies share, and with that of AVX512-BF16 how to transpose. To be included last, as
+// intrinsics.h.
 #pragma once
 
 #include <cstdint>

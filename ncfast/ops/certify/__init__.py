@@ -43,6 +43,8 @@ def certify(
         scale: factor of every radius.
         offset: added to every radius.
 
+    Returns:
+        Certified, of int64 tensors on the device of the radii.
     """
     # Kernels are handed addresses, and measure() makes all of these.
     vectors = (gap, *limits)
