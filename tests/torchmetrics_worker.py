@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from ranks import leave
 from test_torchmetrics import BATCHES, C, P, assert_agree, batches, expected
 
 from ncfast.integrations.torchmetrics import NeuralCollapse
@@ -20,8 +21,8 @@ def main() -> None:
         assert metric.counts.sum() == sum(len(labels) for _, labels in parts[rank::2])
         metric.update(*parts[rank])
         assert_agree(metric.compute(), expected([*parts, *parts[:2]]))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()
