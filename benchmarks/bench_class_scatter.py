@@ -105,6 +105,7 @@ def update_row(rounds, p=512, classes=100, batch=128):
         stats = ncfast.ClassStatistics(classes, p, shift=shift)
         for h, y in batches:
             stats.update(h, y)
+        assert stats.num_samples == batch * len(batches)  # read, so that no rows are left waiting
 
     def eager():
         counts = torch.zeros(classes)

@@ -70,12 +70,24 @@ class Interruptible {
       std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
 };
 
-// Returns what class_scatter_update refuses, or "" for nothing; `update` chooses between the two.
+const std::map<ncfast::Refusal, std::string> kRefusals = {{ncfast::Refusal::none, ""},
+                                                          {ncfast::Refusal::label, "label"},
+                                                          {ncfast::Refusal::nonfinite, "nonfinite"}};
+
+enum class Mode {
+  whole,     // the whole scatter, interruptible
+  update,    // class_scatter_update: the upper triangle, and what it refuses is returned
+  admitted,  // the same for rows that class_scatter_admit has taken
+};
+const std::map<std::string, Mode> kModes = {
+    {"whole", Mode::whole}, {"update", Mode::update}, {"admitted", Mode::admitted}};
+
 std::string class_scatter(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
                           Address labels, int label_size, int64_t label_bytes, int64_t ignore_index,
                           Address shift, int64_t C, const std::string& precision, Address counts,
                           Address sums, Address sumsq, Address scatter, Address radii, int threads,
-                          bool update) {
+                          const std::string& mode_name) {
+  const Mode mode = named(kModes, mode_name);
   const ncfast::ClassScatter call = {N,
                                      p,
                                      C,
@@ -93,21 +105,45 @@ std::string class_scatter(Address features, const std::string& dtype, int64_t N,
                                      at<double>(sumsq),
                                      at<double>(scatter),
                                      at<void>(radii),
-                                     !update};
+                                     mode == Mode::whole};
   const ncfast::Isa isa = selected("class_scatter");
   py::gil_scoped_release release;
-  if (!update) {
-    ncfast::class_scatter(call, isa, threads, Interruptible());
-    return "";
+  switch (mode) {
+    case Mode::whole:
+      ncfast::class_scatter(call, isa, threads, Interruptible());
+      break;
+    case Mode::admitted:
+      ncfast::class_scatter(call, isa, threads, [] {});
+      break;
+    case Mode::update:
+      return kRefusals.at(ncfast::class_scatter_update(call, at<void>(shift), isa, threads));
   }
-  switch (ncfast::class_scatter_update(call, at<void>(shift), isa, threads)) {
-    case ncfast::Refusal::label:
-      return "label";
-    case ncfast::Refusal::nonfinite:
-      return "nonfinite";
-    default:
-      return "";
-  }
+  return "";
+}
+
+// Returns what is refused, and otherwise "" and how many rows wait.
+std::pair<std::string, int64_t> class_scatter_admit(Address features, const std::string& dtype, int64_t N,
+                                                    int64_t p, int64_t row_bytes, Address labels,
+                                                    int label_size, int64_t label_bytes, int64_t ignore_index,
+                                                    Address shift, int64_t C, Address waiting_features,
+                                                    Address waiting_labels) {
+  ncfast::ClassScatter call = {};
+  call.N = N;
+  call.p = p;
+  call.C = C;
+  call.dtype = named(kDtypes, dtype);
+  call.features = at<void>(features);
+  call.row_bytes = row_bytes;
+  call.labels = at<void>(labels);
+  call.label_size = label_size;
+  call.label_bytes = label_bytes;
+  call.ignore_index = ignore_index;
+  const ncfast::Isa isa = selected("class_scatter");
+  py::gil_scoped_release release;
+  int64_t rows = 0;
+  const ncfast::Refusal refusal = ncfast::class_scatter_admit(
+      call, at<void>(shift), isa, {at<void>(waiting_features), at<int64_t>(waiting_labels)}, rows);
+  return {kRefusals.at(refusal), rows};
 }
 
 void affine_argmax(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
@@ -195,7 +231,10 @@ PYBIND11_MODULE(_cpu, m) {
       "operation"_a, "The instruction sets that `operation` can run on here.");
   m.def("class_scatter", &class_scatter, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "labels"_a,
         "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "precision"_a, "counts"_a,
-        "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "threads"_a, "update"_a);
+        "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "threads"_a, "mode"_a);
+  m.def("class_scatter_admit", &class_scatter_admit, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a,
+        "labels"_a, "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "waiting_features"_a,
+        "waiting_labels"_a);
   m.def("affine_argmax", &affine_argmax, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "middle"_a,
         "rules"_a, "threads"_a);
   m.def("pair_geometry", &pair_geometry, "vectors"_a, "C"_a, "p"_a, "variances"_a, "statistics"_a,

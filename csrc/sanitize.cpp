@@ -23,6 +23,37 @@ constexpr Shape kShapes[] = {{0, 3, 2},      {1, 1, 1},      {31, 15, 2},   {33,
                              {65, 31, 4},    {257, 95, 300}, {300, 97, 3},  {1100, 193, 11},
                              {2100, 260, 2}, {20000, 5, 3},  {20000, 95, 3}};
 
+void fail(const char* what, ncfast::Isa isa) {
+  std::fprintf(stderr, "%s: %s\n", ncfast::name(isa), what);
+  std::exit(1);
+}
+
+// The rows of a call wait, and are counted when they are added. Returns whether they were refused.
+template <class Real>
+bool wait(ncfast::ClassScatter call, size_t size, ncfast::Isa isa, int64_t used) {
+  std::vector<Real> shift(call.C * call.p, std::numeric_limits<Real>::quiet_NaN());
+  std::vector<char> features(used * call.p * size);
+  std::vector<int64_t> labels(used), counts(call.C);
+  int64_t rows = 0;
+  if (ncfast::class_scatter_admit(call, shift.data(), isa, {features.data(), labels.data()}, rows) !=
+      ncfast::Refusal::none)
+    return true;
+  if (rows != used) fail("not every row waits", isa);
+  std::vector<Real> radii(rows);
+  call.N = rows;
+  call.features = features.data();
+  call.row_bytes = call.p * size;
+  call.labels = labels.data();
+  call.label_size = call.label_bytes = sizeof(int64_t);
+  call.shift = shift.data();
+  call.counts = counts.data();
+  call.radii = radii.data();
+  ncfast::class_scatter(call, isa, 3, [] {});
+  for (int64_t n : counts) used -= n;
+  if (used != 0) fail("not every row that waited was counted", isa);
+  return false;
+}
+
 template <class Real>
 void run(const Shape& shape, ncfast::Dtype dtype, size_t size, ncfast::Isa isa, ncfast::Precision precision,
          bool scatter, bool update) {
@@ -63,8 +94,11 @@ void run(const Shape& shape, ncfast::Dtype dtype, size_t size, ncfast::Isa isa, 
                                      !update};
   if (!update) {
     ncfast::class_scatter(call, isa, 3, [] {});
-  } else if (ncfast::class_scatter_update(call, shift.data(), isa, 3) != ncfast::Refusal::none) {
-    used = 0;
+  } else {
+    const bool refused = wait<Real>(call, size, isa, used);
+    if ((ncfast::class_scatter_update(call, shift.data(), isa, 3) != ncfast::Refusal::none) != refused)
+      fail("rows are refused only when they wait, or only when they do not", isa);
+    if (refused) used = 0;
   }
   int64_t counted = 0;
   for (int64_t n : counts) counted += n;
@@ -73,11 +107,6 @@ void run(const Shape& shape, ncfast::Dtype dtype, size_t size, ncfast::Isa isa, 
                  static_cast<long>(used));
     std::exit(1);
   }
-}
-
-void fail(const char* what, ncfast::Isa isa) {
-  std::fprintf(stderr, "%s: %s\n", ncfast::name(isa), what);
-  std::exit(1);
 }
 
 void decide(const Shape& shape, ncfast::Dtype dtype, size_t size, ncfast::Isa isa) {

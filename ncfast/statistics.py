@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 
 from ncfast.ops.class_scatter import (
+    FEATURE_DTYPES,
     PRECISIONS,
     ClassScatter,
+    WaitingRows,
     accumulate,
+    accumulate_waiting,
     as_stored,
     check_features,
     check_label_range,
@@ -24,7 +27,8 @@ from ncfast.ops.class_scatter import (
     shift_dtype,
 )
 
-_FORMAT = 1  # of state_dict(): raise it when the meaning of an entry changes
+_FORMAT = 2  # of state_dict(): raise it when the meaning of an entry changes
+_OWN_TENSORS = ("_counts", "shift", "_sums", "_sumsq", "_scatter", "_skipped", "_refused")
 _MAGIC = b"ncfast ClassStatistics\n"  # begins a file of `save`; the SHA-256 of the rest follows
 
 
@@ -39,6 +43,10 @@ class ClassStatistics:
 
     Averages are the paper's `Ave` operators (Papyan, Han & Donoho, PNAS 2020): Σ_W, Σ_T and μ_G average over
     samples, Σ_B over classes, also when the classes are unbalanced. Classes without a sample are left out.
+
+    On the CPU the rows of small batches are copied and wait until there are a thousand or a number is read:
+    with larger batches the products come nearer to what the machine can do. The last bits of the sums then
+    depend on when numbers were read; saving a state leaves the rows waiting, and keeps them.
 
     Args:
         num_classes: C.
@@ -81,19 +89,18 @@ class ClassStatistics:
         self.num_classes, self.dim = num_classes, dim
         self.precision, self.ignore_index, self.nonfinite = precision, ignore_index, nonfinite
         zeros = torch.zeros(num_classes, dtype=torch.float64, device=device)
-        self.counts = torch.zeros_like(zeros, dtype=torch.int64)
-        """[C] int64: n_c."""
+        self._counts = torch.zeros_like(zeros, dtype=torch.int64)
         # A row of NaN is a shift not chosen yet. float32, until the first float64 batch needs float64.
         self.shift = zeros.new_full((num_classes, dim), torch.nan, dtype=torch.float32)
         """[C, p] float32 or float64: k_c, NaN until a sample of class c is seen."""
         if shift is not None:
             self.shift = shift.detach().to(zeros.device, shift_dtype(shift.dtype), copy=True).contiguous()
-        self.sums = zeros.new_zeros(num_classes, dim)
-        """[C, p] float64: Σ(h − k_c)."""
-        self.sumsq = zeros
-        """[C] float64: Σ‖h − k_c‖²."""
+        self._sums = zeros.new_zeros(num_classes, dim)
+        self._sumsq = zeros
         self._scatter = zeros.new_zeros(dim, dim) if scatter else None
         self._upper_only = False  # what is below the diagonal of _scatter is out of date
+        self._waiting: WaitingRows | None = None  # rows that are not yet in any of the sums
+        self._rows_may_wait = True
         # The samples there were when shifts were last looked at, and the rows since then.
         self._rows_then = self._rows_since = 0
         # Rows left out by nonfinite="skip"; and, on a GPU, rows to complain about at the next
@@ -104,16 +111,50 @@ class ClassStatistics:
         self._questioned = True  # whether properties ask for it
 
     @property
+    def counts(self) -> torch.Tensor:
+        """[C] int64: n_c."""
+        self._add_waiting()
+        return self._counts
+
+    @counts.setter
+    def counts(self, value: torch.Tensor) -> None:
+        self._counts = value
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """[C, p] float64: Σ(h − k_c)."""
+        self._add_waiting()
+        return self._sums
+
+    @sums.setter
+    def sums(self, value: torch.Tensor) -> None:
+        self._sums = value
+
+    @property
+    def sumsq(self) -> torch.Tensor:
+        """[C] float64: Σ‖h − k_c‖²."""
+        self._add_waiting()
+        return self._sumsq
+
+    @sumsq.setter
+    def sumsq(self, value: torch.Tensor) -> None:
+        self._sumsq = value
+
+    @property
     def scatter(self) -> torch.Tensor | None:
         """[p, p] float64: Σ(h − k_y)(h − k_y)ᵀ; None without scatter."""
-        if self._scatter is not None and self._upper_only:
-            self._scatter = self._scatter.triu() + self._scatter.triu(1).T
-        self._upper_only = False
+        self._add_waiting()
+        self._mirror()
         return self._scatter
 
     @scatter.setter
     def scatter(self, value: torch.Tensor | None) -> None:
         self._scatter, self._upper_only = value, False
+
+    def _mirror(self) -> None:
+        if self._scatter is not None and self._upper_only:
+            self._scatter = self._scatter.triu() + self._scatter.triu(1).T
+        self._upper_only = False
 
     # ---- accumulation ----
 
@@ -136,7 +177,7 @@ class ClassStatistics:
         if torch.compiler.is_compiling():
             return self._update_in_graph(features, labels)
         self._thaw()
-        self._add(features, labels, radii=False)
+        self._add(features, labels, radii=False, may_wait=self._rows_may_wait)
         self._rows_since += len(features)
         if not self._defers and self._rows_since >= self._rows_then:
             self._recentre()
@@ -166,13 +207,17 @@ class ClassStatistics:
     def _update_in_graph(self, features: torch.Tensor, labels: torch.Tensor) -> "ClassStatistics":
         if features.dtype == torch.float64:
             self.shift = self.shift.double()
-        state = self.counts, self.shift, self.sums, self.sumsq, self._scatter, self._skipped, self._refused
+        # Rows that wait may go on waiting.
+        sums = self._counts, self.shift, self._sums, self._sumsq, self._scatter
+        state = *sums, self._skipped, self._refused
         options = self.precision, self.ignore_index, self.nonfinite
         torch.ops.ncfast.update_statistics(features.detach(), labels, *state, *options)
         self._upper_only, self._none_refused = self._scatter is not None, False
         return self
 
-    def _add(self, features: torch.Tensor, labels: torch.Tensor, radii: bool) -> torch.Tensor | None:
+    def _add(
+        self, features: torch.Tensor, labels: torch.Tensor, radii: bool, may_wait: bool = False
+    ) -> torch.Tensor | None:
         features, labels = self._checked(features, labels)
         if features.shape[0] == 0:
             return features.new_empty(0, dtype=torch.float32) if radii else None
@@ -187,9 +232,14 @@ class ClassStatistics:
         distances = None
         if radii:
             distances = features.new_empty(features.shape[0], dtype=shift_dtype(features.dtype))
-        state = ClassScatter(self.counts, self.sums, self.sumsq, self._scatter, distances)
         whole = accumulate(
-            state, features, labels, shift, precision=self.precision, ignore_index=self.ignore_index
+            self._state(distances),
+            features,
+            labels,
+            shift,
+            precision=self.precision,
+            ignore_index=self.ignore_index,
+            waiting=self._room_for(features) if may_wait else None,
         )
         self.shift = shift
         self._upper_only |= not whole
@@ -199,6 +249,26 @@ class ClassStatistics:
             self._refused += refused
             self._none_refused = False
         return distances
+
+    def _state(self, radii: torch.Tensor | None = None) -> ClassScatter:
+        return ClassScatter(self._counts, self._sums, self._sumsq, self._scatter, radii)
+
+    def _room_for(self, features: torch.Tensor) -> WaitingRows | None:
+        """Where these rows may wait; None if they had better be added at once."""
+        if self._scatter is None or self._defers or len(features) > WaitingRows.BATCH:
+            return None
+        if self._waiting is None or self._waiting.features.dtype != features.dtype:
+            self._add_waiting()
+            self._waiting = WaitingRows(features)
+        if self._waiting.filled + len(features) > WaitingRows.MOST:
+            self._add_waiting()
+        return self._waiting
+
+    def _add_waiting(self) -> None:
+        if self._waiting is not None and self._waiting.filled:
+            self._thaw()
+            whole = accumulate_waiting(self._state(), self._waiting, self.shift, precision=self.precision)
+            self._upper_only |= not whole
 
     def merge(self, other: "ClassStatistics") -> "ClassStatistics":
         """Add the samples that `other` has seen, exactly as if both had seen all; returns self.
@@ -211,11 +281,12 @@ class ClassStatistics:
             ValueError: the two differ in num_classes, dim, device or in keeping the scatter.
 
         """
-        ours = (self.num_classes, self.dim, self._scatter is not None, self.counts.device)
+        ours = (self.num_classes, self.dim, self._scatter is not None, self._counts.device)
         theirs = (other.num_classes, other.dim, other.scatter is not None, other.counts.device)
         if ours != theirs:
             raise ValueError(f"cannot merge (num_classes, dim, scatter, device) {theirs} into {ours}")
         other._raise_refused()
+        self._add_waiting()
         self._thaw()
         shift = self.shift.to(torch.promote_types(self.shift.dtype, other.shift.dtype))
         shift = torch.where(shift.isnan(), other.shift, shift).contiguous()
@@ -276,8 +347,9 @@ class ClassStatistics:
     def _thaw(self) -> None:
         """Replace what was made in inference mode: it cannot be written to outside of it."""
         if not torch.is_inference_mode_enabled():
-            for name, value in vars(self).items():
-                if isinstance(value, torch.Tensor) and value.is_inference():
+            for name in _OWN_TENSORS:
+                value = getattr(self, name)
+                if value is not None and value.is_inference():
                     setattr(self, name, value.clone())
 
     def _about(self, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -300,8 +372,8 @@ class ClassStatistics:
             labels = labels.long()
         if features.shape[1] != self.dim:
             raise ValueError(f"features must have shape [N, {self.dim}], got {list(features.shape)}")
-        if features.device != self.counts.device:
-            raise ValueError(f"features are on {features.device} but the state is on {self.counts.device}")
+        if features.device != self._counts.device:
+            raise ValueError(f"features are on {features.device} but the state is on {self._counts.device}")
         return as_stored(features), labels
 
     def _screened(
@@ -323,7 +395,7 @@ class ClassStatistics:
     @property
     def _defers(self) -> bool:
         """Whether complaints wait for the next synchronisation."""
-        return self.counts.device.type != "cpu"
+        return self._counts.device.type != "cpu"
 
     def _raise_refused(self) -> None:
         if self._questioned and (refused := self.num_refused):
@@ -452,11 +524,24 @@ class ClassStatistics:
     # ---- housekeeping ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything `load_state_dict` needs, safe for `torch.save` and `torch.load(weights_only=True)`."""
+        """Everything `load_state_dict` needs, safe for `torch.save` and `torch.load(weights_only=True)`.
+
+        Rows that wait to be added are in it as they are, `waiting_features` [R, p] and `waiting_labels` [R],
+        and not in its sums: whoever goes on from it adds the same rows together, with the same bits.
+        """
         self._raise_refused()
-        state = {name: getattr(self, name).clone() for name in ("counts", "shift", "sums", "sumsq")}
-        state["scatter"] = None if self.scatter is None else self.scatter.clone()
-        return state | {"num_skipped": self.num_skipped, "format": _FORMAT}
+        self._mirror()
+        features, labels = self._waiting.rows() if self._waiting and self._waiting.filled else (None, None)
+        tensors = self._tensors() | {"waiting_features": features, "waiting_labels": labels}
+        state: dict[str, Any] = {name: None if t is None else t.clone() for name, t in tensors.items()}
+        recentring = [self._rows_then, self._rows_since]
+        return state | {"num_skipped": self.num_skipped, "recentring": recentring, "format": _FORMAT}
+
+    def _tensors(self) -> dict[str, torch.Tensor | None]:
+        """What has been added, without the rows that wait."""
+        sums = self._state()._asdict()
+        del sums["radii"]
+        return sums | {"shift": self.shift}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace this state by a saved one of the same num_classes, dim and scatter; keeps the device.
@@ -466,16 +551,20 @@ class ClassStatistics:
                 then unchanged.
 
         """
-        missing = {"counts", "shift", "sums", "sumsq", "scatter", "num_skipped", "format"} - set(state)
+        if "format" in state and state["format"] != _FORMAT:
+            raise ValueError(f"unknown state format {state['format']!r}; this version reads {_FORMAT}")
+        tensors = self._tensors()
+        waiting = {"waiting_features", "waiting_labels"}
+        missing = {*tensors, *waiting, "num_skipped", "recentring", "format"} - set(state)
         if missing:
             raise ValueError(f"not a ClassStatistics state: it lacks {', '.join(sorted(missing))}")
-        if state["format"] != _FORMAT:
-            raise ValueError(f"unknown state format {state['format']!r}; this version reads {_FORMAT}")
         if not isinstance(state["num_skipped"], int) or state["num_skipped"] < 0:
             raise ValueError(f"num_skipped must be a count, got {state['num_skipped']!r}")
+        if not _two_counts(state["recentring"]):
+            raise ValueError(f"recentring must be two counts, got {state['recentring']!r}")
         loaded = {}
-        for name in ("counts", "shift", "sums", "sumsq", "scatter"):
-            ours, theirs = getattr(self, name), state[name]
+        for name in tensors:
+            ours, theirs = tensors[name], state[name]
             if (ours is None) != (theirs is None):
                 raise ValueError("one of the two states keeps the scatter and the other does not")
             if ours is None:
@@ -494,10 +583,40 @@ class ClassStatistics:
             loaded[name] = theirs.to(ours.device, copy=True).contiguous()
         if not loaded["shift"][loaded["counts"] > 0].isfinite().all():
             raise ValueError("a class that has samples has no shift")
+        self._waiting = self._as_waiting(state["waiting_features"], state["waiting_labels"], loaded["shift"])
         for name, tensor in loaded.items():
             setattr(self, name, tensor)
+        self._rows_then, self._rows_since = state["recentring"]
         self._skipped = torch.full_like(self._skipped, state["num_skipped"])
         self._refused = torch.zeros_like(self._refused)
+
+    def _as_waiting(self, features: Any, labels: Any, shift: torch.Tensor) -> WaitingRows | None:
+        """The rows that wait in a saved state, to be added about `shift`."""
+        if features is None and labels is None:
+            return None
+        if not isinstance(features, torch.Tensor) or not isinstance(labels, torch.Tensor):
+            raise ValueError("waiting_features and waiting_labels must be two tensors or None")
+        rows = len(features) if features.ndim else 0
+        if features.shape != (rows, self.dim) or labels.shape != (rows,) or rows > WaitingRows.MOST:
+            raise ValueError(
+                f"waiting_features and waiting_labels must have shapes [R, {self.dim}] and [R] with "
+                f"R ≤ {WaitingRows.MOST}, got {list(features.shape)} and {list(labels.shape)}"
+            )
+        wide = features.dtype == torch.float64 and shift.dtype != torch.float64
+        if features.dtype not in FEATURE_DTYPES or wide or labels.dtype != torch.int64:
+            raise ValueError(
+                f"no rows of {features.dtype} with labels of {labels.dtype} wait about {shift.dtype}"
+            )
+        labels = labels.to(shift.device)
+        if ((labels < 0) | (labels >= self.num_classes)).any() or not features.isfinite().all():
+            raise ValueError("waiting rows hold a label or a number that no samples can leave")
+        if not shift[labels].isfinite().all():
+            raise ValueError("a class that has samples has no shift")
+        waiting = WaitingRows(features.to(shift.device))
+        waiting.filled = rows
+        for kept, given in zip(waiting.rows(), (features, labels), strict=True):
+            kept.copy_(given)
+        return waiting
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict()` to a file for `load`; a process killed meanwhile leaves the old file."""
@@ -539,16 +658,18 @@ class ClassStatistics:
 
     def to(self, device: torch.device | str) -> "ClassStatistics":
         """Move the state to `device`, in place; returns self."""
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.to(device))
+        self._add_waiting()
+        self._waiting = None
+        for name in _OWN_TENSORS:
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
         return self
 
     def __repr__(self) -> str:
         return (
             f"ClassStatistics(num_classes={self.num_classes}, dim={self.dim}, "
             f"num_samples={self.num_samples}, scatter={self._scatter is not None}, "
-            f"device='{self.counts.device}')"
+            f"device='{self._counts.device}')"
         )
 
 
@@ -587,6 +708,10 @@ def _update_op(
 @_update_op.register_fake
 def _(*_: Any) -> None:
     return None
+
+
+def _two_counts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and n >= 0 for n in value)
 
 
 def weighted_mean(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

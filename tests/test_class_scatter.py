@@ -328,7 +328,7 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch):
         # Only the kernel: PyTorch's own threads do not survive a fork.
         counts, sumsq = torch.zeros(2, 7, dtype=torch.int64)
         sums = torch.zeros(7, 100, dtype=torch.float64)
-        cpu._run(ClassScatter(counts, sums, sumsq.double(), None, None), *data, "high", -100, update=False)
+        cpu._run(ClassScatter(counts, sums, sumsq.double(), None, None), *data, "high", -100, "whole")
         os._exit(0 if bytes(sums.numpy()) == bytes(expected.sums.numpy()) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -83,7 +83,10 @@ def update_like(stats, features, labels):
 )
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_update_in_one_graph(options, dtype, dynamic):
-    """Batches of two sizes; the last goes through the eager `update`, as nothing had been compiled."""
+    """Batches of two sizes; the last goes through the eager `update`, as nothing had been compiled.
+
+    Compiled, every batch is added at once; reading a number makes eager do the same.
+    """
     features, labels = oracle.clustered(5, 9, 200, 0.5, dtype=dtype)
     if "nonfinite" in options:
         features[70, 3] = torch.nan
@@ -93,6 +96,7 @@ def test_update_in_one_graph(options, dtype, dynamic):
     for i, batch in enumerate(batches):
         assert compiled(ours, *batch).isnan() == batch[0].sum().isnan()
         update_like(eager, *batch)
+        assert eager.num_samples
         if i == 2:
             compiled = update_like
     assert ours.num_samples == eager.num_samples

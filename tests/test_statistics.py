@@ -416,10 +416,198 @@ def test_deferred_complaints_leave_the_rows_out_and_raise_at_the_next_look():
 
 def test_deferring_does_not_change_the_numbers():
     features, labels = oracle.clustered(3, 4, 30, 1.0)
-    stats = Deferred(3, 4)
+    stats, at_once = Deferred(3, 4), ncfast.ClassStatistics(3, 4)
     for h, y in zip(features.split(7), labels.split(7), strict=True):
         stats.update(h, y)
-    assert bits(stats) == bits(streamed(features, labels, 3, batch=7))
+        assert at_once.update(h, y).num_samples  # read, so that no rows wait, as none do on a GPU
+    assert bits(stats) == bits(at_once)
+
+
+# ---- small batches wait for each other ----
+
+
+def waiting(stats):
+    features = stats.state_dict()["waiting_features"]
+    return 0 if features is None else len(features)
+
+
+def small_batches(seed=0):
+    """Twenty batches of 1 to 256 rows, 2,600 in all, some ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [1, 256, 255, 2, *torch.randint(1, 256, (16,), generator=generator).tolist()]
+    features, labels = oracle.clustered(7, 33, sum(sizes), 0.3)
+    labels[torch.rand(len(labels), generator=generator) < 0.1] = -100
+    return list(zip(features.split(sizes), labels.split(sizes), strict=True))
+
+
+def assert_all_seen(stats, batches, bound=1e-5):
+    features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    used = labels >= 0
+    truth = oracle.two_pass(features[used], labels[used], stats.num_classes)
+    assert torch.equal(stats.counts, torch.bincount(labels[used], minlength=stats.num_classes))
+    oracle.assert_within(stats.means, truth["means"], bound * features[used].abs().max(), "means")
+    largest = truth["within_covariance"].abs().max()
+    oracle.assert_within(stats.within_covariance, truth["within_covariance"], bound * largest, "covariance")
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_small_batches_add_up(dtype, backend):
+    batches = [(h.to(dtype), y) for h, y in small_batches()]
+    stats, most = ncfast.ClassStatistics(7, 33, precision="highest"), 0
+    with ncfast.use_backend(backend) if backend else contextlib.nullcontext():
+        for batch in batches:
+            stats.update(*batch)
+            most = max(most, waiting(stats))
+        assert_all_seen(stats, batches)
+    if backend == "reference":
+        assert most == 0
+    else:
+        assert 512 < most <= 1024  # rows do wait, no more than are allowed to
+    assert waiting(stats) == 0
+
+
+def test_rows_that_wait_are_copies():
+    batches = small_batches()
+    stats = ncfast.ClassStatistics(7, 33, precision="highest")
+    for h, y in batches:
+        reused, labels = h.clone(), y.clone()
+        stats.update(reused, labels)
+        reused.fill_(torch.nan)
+        labels.fill_(6)
+    assert_all_seen(stats, batches)
+
+
+def test_reading_at_any_time():
+    batches = small_batches()
+    stats = ncfast.ClassStatistics(7, 33, precision="highest")
+    reads = ("counts", "sums", "sumsq", "scatter", "means", "within_covariance", "num_samples", "present")
+    for i, batch in enumerate(batches):
+        stats.update(*batch)
+        getattr(stats, reads[i % len(reads)])
+        assert waiting(stats) == 0
+    assert_all_seen(stats, batches)
+
+
+def test_larger_batches_wide_ones_and_distances_in_between():
+    batches = small_batches()
+    features, labels = oracle.clustered(7, 33, 400, 0.3)
+    stats = ncfast.ClassStatistics(7, 33, precision="highest")
+    for i, batch in enumerate(batches):
+        stats.update(*batch)
+        if i == 8:
+            stats.update(features, labels)
+        if i == 10:
+            assert stats.accumulate(features[:5], labels[:5]).isfinite().all()
+        if i == 12:
+            batches[13] = (batches[13][0].to(torch.bfloat16).float(), batches[13][1])
+            batches[13][0].requires_grad_()
+        if i == 14:
+            stats.update(features[:9].double(), labels[:9])  # all later rows are widened
+    seen = [*batches, (features, labels), (features[:5], labels[:5]), (features[:9], labels[:9])]
+    assert_all_seen(stats, [(h.detach(), y) for h, y in seen])
+
+
+@pytest.mark.parametrize(
+    "leave", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s)), lambda s: s.to("cpu")]
+)
+def test_copies_take_the_waiting_rows_along(leave):
+    batches = small_batches()
+    stats = ncfast.ClassStatistics(7, 33, precision="highest")
+    for batch in batches[:-1]:
+        stats.update(*batch)
+    assert waiting(stats) > 0
+    assert_all_seen(leave(stats).update(*batches[-1]), batches)
+
+
+def test_merging_states_whose_rows_wait():
+    batches = small_batches()
+    one, other = (ncfast.ClassStatistics(7, 33, precision="highest") for _ in range(2))
+    for i, batch in enumerate(batches):
+        (one if i < 9 else other).update(*batch)
+    assert waiting(one) > 0
+    assert waiting(other) > 0
+    assert_all_seen(one.merge(other), batches)
+
+
+def test_a_refused_batch_leaves_the_waiting_rows():
+    batches = small_batches()
+    stats = ncfast.ClassStatistics(7, 33, precision="highest")
+    for h, y in batches:
+        before = copy.deepcopy(stats.state_dict())
+        wrong = h.clone()
+        wrong[-1, -1] = torch.inf
+        with pytest.raises(ValueError, match=f"infinity in row {len(h) - 1}"):
+            stats.update(wrong, y.clamp(min=0))
+        with pytest.raises(ValueError, match=f"label 7 in row {len(h) - 1}"):
+            stats.update(h, torch.where(torch.arange(len(y)) == len(y) - 1, 7, y.clamp(min=0)))
+        after = stats.state_dict()
+        for name, value in before.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+            bits_of = (lambda v: v.nan_to_num()) if name == "shift" else lambda v: v
+            assert same(bits_of(after[name]), bits_of(value)), name
+        stats.update(h, y)
+    assert_all_seen(stats, batches)
+
+
+@pytest.mark.parametrize("at", [1, 7, 13, 19])
+def test_resuming_while_rows_wait_gives_the_same_bits(at, tmp_path):
+    batches = small_batches()
+    batches[0][0][:] += 50.0  # an outlier for a first feature: the shift moves, when it would have moved
+    whole, first = (ncfast.ClassStatistics(7, 33) for _ in range(2))
+    for i, batch in enumerate(batches):
+        whole.update(*batch)
+        if i < at:
+            first.update(*batch)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    resumed = ncfast.ClassStatistics(7, 33)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for batch in batches[at:]:
+        resumed.update(*batch)
+    assert waiting(resumed) == waiting(whole)
+    assert bits(resumed) == bits(whole)
+
+
+def test_rows_that_cannot_be_waiting_are_refused():
+    batches = small_batches()
+    stats = ncfast.ClassStatistics(7, 33)
+    for batch in batches:
+        stats.update(*batch)
+    state = stats.state_dict()
+    features, labels = state["waiting_features"], state["waiting_labels"]
+    assert len(features) > 1
+    unseen = state["shift"].clone()
+    unseen[labels[0]] = torch.nan
+    nan = features.clone()
+    nan[1, 2] = torch.nan
+    changes = [
+        ({"waiting_features": None}, "two tensors or None"),
+        ({"waiting_labels": labels.tolist()}, "two tensors or None"),
+        ({"waiting_features": features[:, 1:]}, r"shapes \[R, 33\] and \[R\]"),
+        ({"waiting_labels": labels[1:]}, r"shapes \[R, 33\] and \[R\]"),
+        ({"waiting_features": features[0, 0]}, r"shapes \[R, 33\] and \[R\]"),
+        (
+            {"waiting_features": features[:1].repeat(1025, 1), "waiting_labels": labels[:1].repeat(1025)},
+            "R ≤ 1024",
+        ),
+        ({"waiting_features": features.double()}, "torch.float64 with labels of torch.int64 wait about"),
+        ({"waiting_features": features.long()}, "no rows of torch.int64"),
+        ({"waiting_labels": labels.int()}, "labels of torch.int32"),
+        ({"waiting_labels": labels + 7}, "no samples can leave"),
+        ({"waiting_labels": labels - 7}, "no samples can leave"),
+        ({"waiting_features": nan}, "no samples can leave"),
+        ({"shift": unseen, "counts": torch.zeros_like(state["counts"])}, "has no shift"),
+        ({"recentring": [1]}, "recentring must be two counts"),
+        ({"recentring": [1, -1]}, "recentring must be two counts"),
+        ({"recentring": None}, "recentring must be two counts"),
+    ]
+    other = ncfast.ClassStatistics(7, 33)
+    for change, words in changes:
+        with pytest.raises(ValueError, match=words):
+            other.load_state_dict(state | change)
+        assert other.num_samples == 0
+    other.load_state_dict(state)
+    assert bits(other) == bits(stats)
 
 
 # ---- shifts that are not near their class ----

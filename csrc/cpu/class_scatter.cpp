@@ -28,12 +28,12 @@ constexpr int64_t kFusedBlock = 64 * kFusedStrip;
 constexpr int64_t kFusedLeast = 8 * kFusedStrip;  // rows; with fewer some threads would have no strip
 constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread costs more than it saves
 
-// A small one is kept for the thread's next call: for a batch of 128 rows fresh pages took longer than the
-// products.
+// What a small batch or waiting rows ask for is kept for the thread's next call: for a batch of 128 rows
+// fresh pages took longer than the products.
 thread_local Memory<char> kept;
 
 void keep(Memory<char> memory) {
-  constexpr size_t kMost = 4 << 20;
+  constexpr size_t kMost = 16 << 20;
   const size_t bytes = memory.get_deleter().bytes;
   if (bytes <= kMost && (!kept || kept.get_deleter().bytes < bytes)) kept = std::move(memory);
 }
@@ -382,64 +382,109 @@ void class_scatter(const ClassScatter& call, Isa isa, int threads, const std::fu
 
 namespace {
 
+// A batch looked at before anything of it is added.
 template <class Real>
-Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
-  const ScatterBody& body = scatter_body(call, isa);
-  const int64_t p = call.p;
-  std::vector<int64_t> label(call.N);
-  for (int64_t i = 0; i < call.N; i++) {
-    label[i] = label_at(call, i);
-    if (label[i] == call.ignore_index) {
-      label[i] = -1;
-    } else if (label[i] < 0 || label[i] >= call.C) {
-      return Refusal::label;
+class Admission {
+ public:
+  // admitted(i) for every row in use, while its features are in the cache.
+  template <class Admitted>
+  Admission(const ClassScatter& call, Real* shift, const ScatterBody& body, const Admitted& admitted)
+      : call_(call), label_(call.N) {
+    const int64_t p = call.p;
+    for (int64_t i = 0; i < call.N; i++) {
+      label_[i] = label_at(call, i);
+      if (label_[i] == call.ignore_index) {
+        label_[i] = -1;
+      } else if (label_[i] < 0 || label_[i] >= call.C) {
+        refusal_ = Refusal::label;
+        return;
+      }
+    }
+    for (int64_t i = 0; i < call.N; i++) {
+      if (label_[i] < 0) continue;
+      const char* row = static_cast<const char*>(call.features) + i * call.row_bytes;
+      Real* k = shift + label_[i] * p;
+      if (std::isnan(k[0])) choose(row, body, k);
+      const Real square = body.squared_distance(row, reinterpret_cast<const char*>(k), p);
+      if (!std::isfinite(checked(2 * square))) {  // added up in another order it may be a little larger
+        refusal_ = Refusal::nonfinite;
+        undo();
+        return;
+      }
+      admitted(i);
     }
   }
-  // The labels as they are now, whatever another thread writes there meanwhile.
-  ClassScatter batch = call;
-  batch.labels = label.data();
-  batch.label_size = batch.label_bytes = sizeof(int64_t);
-  batch.ignore_index = -1;
-  std::vector<double> sums(p);
-  std::vector<Real> zeros(p), overwritten;
-  std::vector<Real*> chosen;
-  bool finite = true;
-  for (int64_t i = 0; i < call.N && finite; i++) {
-    if (label[i] < 0) continue;
+
+  Refusal refusal() const { return refusal_; }
+
+  int64_t label(int64_t i) const { return label_[i]; }  // -1 for a row left out
+
+  // The batch with the labels as they were, whatever another thread writes there meanwhile.
+  ClassScatter batch() const {
+    ClassScatter batch = call_;
+    batch.labels = label_.data();
+    batch.label_size = batch.label_bytes = sizeof(int64_t);
+    batch.ignore_index = -1;
+    return batch;
+  }
+
+  void undo() const {
+    for (size_t c = 0; c < chosen_.size(); c++) std::copy_n(&overwritten_[c * call_.p], call_.p, chosen_[c]);
+  }
+
+ private:
+  void choose(const char* row, const ScatterBody& body, Real* k) {
+    const int64_t p = call_.p;
+    chosen_.push_back(k);
+    overwritten_.insert(overwritten_.end(), k, k + p);
+    // The sums of one row about zero are the row itself, whatever its dtype.
+    std::vector<double> sums(p);
+    const std::vector<Real> zeros(p);
     Group group;
     group.rows = 1;
-    group.features[0] = static_cast<const char*>(call.features) + i * call.row_bytes;
-    group.next[0] = static_cast<const char*>(call.features) + std::min(i + 1, call.N - 1) * call.row_bytes;
+    group.features[0] = group.next[0] = row;
+    group.shift[0] = reinterpret_cast<const char*>(zeros.data());
     group.sums[0] = sums.data();
     group.last[0] = true;
-    Real* k = shift + label[i] * p;
-    if (std::isnan(k[0])) {
-      // The sums of one row about zero are the row itself, whatever its dtype.
-      std::fill(sums.begin(), sums.end(), 0.0);
-      group.shift[0] = reinterpret_cast<const char*>(zeros.data());
-      Real square;
-      body.stream(group, p, &square);
-      chosen.push_back(k);
-      overwritten.insert(overwritten.end(), k, k + p);
-      std::copy(sums.begin(), sums.end(), k);
-    }
-    group.shift[0] = reinterpret_cast<const char*>(k);
     Real square;
     body.stream(group, p, &square);
-    finite = std::isfinite(checked(2 * square));  // added up in another order it may be a little larger
+    std::copy(sums.begin(), sums.end(), k);
   }
-  const auto undo = [&] {
-    for (size_t c = 0; c < chosen.size(); c++) std::copy_n(&overwritten[c * p], p, chosen[c]);
-  };
-  if (!finite) {
-    undo();
-    return Refusal::nonfinite;
-  }
+
+  const ClassScatter& call_;
+  std::vector<int64_t> label_;
+  std::vector<Real> overwritten_;  // what stood where shifts were chosen
+  std::vector<Real*> chosen_;
+  Refusal refusal_ = Refusal::none;
+};
+
+template <class Real>
+Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
+  const Admission<Real> admission(call, shift, scatter_body(call, isa), [](int64_t) {});
+  if (admission.refusal() != Refusal::none) return admission.refusal();
   try {
-    class_scatter(batch, isa, threads, [] {});
+    class_scatter(admission.batch(), isa, threads, [] {});
   } catch (...) {  // out of memory, before anything was added
-    undo();
+    admission.undo();
     throw;
+  }
+  return Refusal::none;
+}
+
+size_t element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+template <class Real>
+Refusal admit(const ClassScatter& call, Real* shift, Isa isa, const WaitingRows& waiting, int64_t& rows) {
+  const size_t row_bytes = call.p * element_bytes(call.dtype);
+  char* to = static_cast<char*>(waiting.features);
+  const Admission<Real> admission(call, shift, scatter_body(call, isa), [&](int64_t i) {
+    std::memcpy(to, static_cast<const char*>(call.features) + i * call.row_bytes, row_bytes);
+    to += row_bytes;
+  });
+  if (admission.refusal() != Refusal::none) return admission.refusal();
+  rows = 0;
+  for (int64_t i = 0; i < call.N; i++) {
+    if (admission.label(i) >= 0) waiting.labels[rows++] = admission.label(i);
   }
   return Refusal::none;
 }
@@ -449,6 +494,12 @@ Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
 Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int threads) {
   return call.dtype == Dtype::float64 ? update(call, static_cast<double*>(shift), isa, threads)
                                       : update(call, static_cast<float*>(shift), isa, threads);
+}
+
+Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, const WaitingRows& waiting,
+                            int64_t& rows) {
+  return call.dtype == Dtype::float64 ? admit(call, static_cast<double*>(shift), isa, waiting, rows)
+                                      : admit(call, static_cast<float*>(shift), isa, waiting, rows);
 }
 
 }  // namespace ncfast

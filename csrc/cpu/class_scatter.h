@@ -61,6 +61,17 @@ enum class Refusal { none, label, nonfinite };
 // overflow. Reads the features twice: they should fit the cache.
 Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int threads);
 
+// Where rows wait that will be added by one class_scatter later: room for those of the batch that are in use.
+struct WaitingRows {
+  void* features;   // [rows, p] contiguous, of the batch's dtype
+  int64_t* labels;  // [rows]
+};
+
+// The part of class_scatter_update that can refuse: chooses shifts, and copies the rows in use, counted in
+// `rows`, to where they wait. Needs no outputs. The shifts of these rows must stay until they are added.
+Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, const WaitingRows& waiting,
+                            int64_t& rows);
+
 constexpr int kGroup = 32;
 constexpr int kStreamed = 8;  // rows of one class that ScatterBody::stream reads side by side
 
@@ -95,6 +106,8 @@ struct ScatterBody {
   int64_t fused_columns;            // up to so many, padded, the two stages are one
   int64_t fused_rows;               // multiple of kGroup: those multiplied at a time
 
+  // |h - k|^2 of a row, in the precision of float64 features or in float32.
+  double (*squared_distance)(const char* features, const char* shift, int64_t p);
   // sums += residuals, squares[i] = |residual i|^2. The group starts at row `row` of the block.
   void (*stream)(const Group&, int64_t p, void* squares);
   // The same, and column_squares[p] += squares of the residuals, and the residuals go into the panel.

@@ -219,10 +219,11 @@ void flush(const Panel& panel, double* scatter, char* scratch) {
 
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
-  static const ScatterBody table = {
-      kPair,         2048,      sizeof(float), element,
-      tile,          kMostTile, kFusedRows,    scatter_body_avx512(dtype)->stream,
-      pack<Feature>, multiply,  accumulate,    flush};
+  const ScatterBody& vectors = *scatter_body_avx512(dtype);
+  static const ScatterBody table = {kPair,          2048,          sizeof(float), element,
+                                    tile,           kMostTile,     kFusedRows,    vectors.squared_distance,
+                                    vectors.stream, pack<Feature>, multiply,      accumulate,
+                                    flush};
   return &table;
 }
 

@@ -93,9 +93,10 @@ void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char*) 
 
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
-  static const ScatterBody table = {kSide,         kBlockRows, 0,       element,
-                                    tile,          0,          0,       scatter_body_avx512(dtype)->stream,
-                                    pack<Feature>, multiply,   nullptr, nullptr};
+  const ScatterBody& vectors = *scatter_body_avx512(dtype);
+  static const ScatterBody table = {
+      kSide,          kBlockRows,    0,        element, tile,   0, 0, vectors.squared_distance,
+      vectors.stream, pack<Feature>, multiply, nullptr, nullptr};
   return &table;
 }
 

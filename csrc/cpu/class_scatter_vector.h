@@ -147,6 +147,25 @@ struct VectorBody {
     }
   }
 
+  static double squared_distance(const char* row, const char* shift, int64_t p) {
+    constexpr int kSums = 4;  // as many additions on their way at once
+    V total[kSums] = {};
+    int64_t j = 0;
+    for (; j + kSums * W <= p; j += kSums * W) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kSums; k++) {
+        const V d = load<Feature, Real, W>(row, j + k * W, W) - load<Real, Real, W>(shift, j + k * W, W);
+        total[k] += d * d;
+      }
+    }
+    for (; j < p; j += W) {
+      const int count = static_cast<int>(p - j < W ? p - j : W);
+      const V d = load<Feature, Real, W>(row, j, count) - load<Real, Real, W>(shift, j, count);
+      total[0] += d * d;
+    }
+    return sum<Real, W>((total[0] + total[1]) + (total[2] + total[3]));
+  }
+
   static void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares,
                    void* squares) {
     const int rows = group.rows;
@@ -234,8 +253,9 @@ struct VectorBody {
 
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t block_rows) {
-    static const ScatterBody table = {W,    block_rows,           0,       element, tile<Tile>, 0, 0, stream,
-                                      pack, multiply<A, B, Tile>, nullptr, nullptr};
+    static const ScatterBody table = {
+        W,    block_rows,           0,       element, tile<Tile>, 0, 0, squared_distance, stream,
+        pack, multiply<A, B, Tile>, nullptr, nullptr};
     return &table;
   }
 };

@@ -75,7 +75,7 @@ def pick(operation: str, features: torch.Tensor, **options: Any) -> str:
     """Return the name of the backend that `select` would pick."""
     forced = forced_backend()
     for backend in (forced,) if forced else preference(operation, features, **options):
-        reason = refusal(operation, backend, features, **options)
+        reason = _refusal(operation, backend, features, forced, options)
         if reason is None:
             return backend
         if forced:
@@ -138,9 +138,15 @@ def _known(name: str, source: str) -> str:
 
 def refusal(operation: str, backend: str, features: torch.Tensor, **options: Any) -> str | None:
     """Why `backend` cannot run `operation` on these features with these options, or None when it can."""
+    return _refusal(operation, backend, features, forced_backend(), options)
+
+
+def _refusal(
+    operation: str, backend: str, features: torch.Tensor, forced: str | None, options: dict[str, Any]
+) -> str | None:
     if not _exists(operation, backend):
         return f"{operation} has no {backend} implementation"
-    if backend in GPU_BACKENDS and features.device.type == "cpu" and forced_backend() != backend:
+    if backend in GPU_BACKENDS and forced != backend and features.device.type == "cpu":
         return "takes CPU tensors only when forced, for tests"
     reason = unavailable(backend) or _module(operation, backend).refuses(features)
     lacks = None if reason else getattr(_module(operation, backend), "lacks", None)

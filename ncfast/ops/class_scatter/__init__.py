@@ -29,6 +29,29 @@ class ClassScatter(NamedTuple):
     """[N] float32 or float64: ‖h_i − k_{y_i}‖, NaN for an ignored row."""
 
 
+class WaitingRows:
+    """Rows of small batches that are checked, have a shift, and are yet to be added, together.
+
+    One visit to the p×p scatter, which is larger than a small batch, then serves many of them.
+    """
+
+    MOST = 1024
+    """Rows that can wait."""
+    BATCH = 256
+    """Rows of the largest batch that waits; what is larger gains less than copying it costs."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.features = like.new_empty(self.MOST, like.shape[1])
+        """[MOST, p], `filled` of which wait."""
+        self.labels = like.new_empty(self.MOST, dtype=torch.int64)
+        """[MOST], each in [0, C)."""
+        self.filled = 0
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those waiting: features [filled, p] and labels [filled]."""
+        return self.features[: self.filled], self.labels[: self.filled]
+
+
 class RowError(ValueError):
     """A complaint about one row, which knows where that row is."""
 
@@ -173,8 +196,11 @@ def accumulate(
     *,
     precision: str = "high",
     ignore_index: int = -100,
+    waiting: WaitingRows | None = None,
 ) -> bool:
     """Add a checked batch to `state` in place; a class whose shift begins with a NaN gets its first feature.
+
+    With `waiting`, which must have room for the batch, its rows may be put there instead.
 
     What raises leaves `state` and `shift` bit for bit as they were, `state.radii` apart: it belongs to the
     batch and is overwritten. `state.scatter` need hold no more than the diagonal and what is above it;
@@ -188,13 +214,36 @@ def accumulate(
     scatter = state.scatter is not None
     backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
     in_place = dispatch.beside(backend, "accumulate")
+    admit = dispatch.beside(backend, "admit")
     # The first batch chooses most shifts: it goes where a bad choice can be mended.
-    if in_place is not None and state.counts.any():
+    later = bool(waiting and waiting.filled) or bool(state.counts.any())
+    if admit is not None and waiting is not None and later:
+        admit(waiting, features, labels, shift, ignore_index=ignore_index)
+        return True
+    if in_place is not None and later:
         return cast(
             bool, in_place(state, features, labels, shift, precision=precision, ignore_index=ignore_index)
         )
     accumulate_by_adding(backend, state, features, labels, shift, precision, ignore_index)
     return True
+
+
+def accumulate_waiting(
+    state: ClassScatter, waiting: WaitingRows, shift: torch.Tensor, *, precision: str = "high"
+) -> bool:
+    """Add the rows that wait to `state` in place; returns as `accumulate`, and leaves none waiting."""
+    features, labels = waiting.rows()
+    if shift.dtype == torch.float64:  # as it became meanwhile
+        features = features.double()
+    scatter = state.scatter is not None
+    backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
+    add_admitted = dispatch.beside(backend, "add_admitted")
+    if add_admitted is not None:
+        add_admitted(state, features, labels, shift, precision=precision)
+    else:
+        accumulate_by_adding(backend, state, features, labels, shift, precision, -1)
+    waiting.filled = 0
+    return add_admitted is None
 
 
 def accumulate_by_adding(

@@ -1,14 +1,24 @@
 """class_scatter in C++ (csrc/cpu/class_scatter.h): the features are read once, rows of a class together."""
 
+from typing import Any
+
 import torch
 
 from ncfast.ops.class_scatter import (
     ClassScatter,
+    WaitingRows,
     accumulate_by_adding,
     check_label_range,
     raise_for_nonfinite,
     shift_dtype,
 )
+
+_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 
 def refuses(features: torch.Tensor) -> str | None:
@@ -37,7 +47,7 @@ def class_scatter(
         scatter=zeros.new_zeros(p, p) if scatter else None,
         radii=features.new_empty(N, dtype=shift_dtype(features.dtype)) if radii else None,
     )
-    _run(result, features, labels, shift, precision, ignore_index, update=False)
+    _run(result, features, labels, shift, precision, ignore_index, "whole")
     return result
 
 
@@ -51,16 +61,75 @@ def accumulate(
     ignore_index: int = -100,
 ) -> bool:
     """Add a batch to `state` in place; see `ncfast.ops.class_scatter.accumulate`."""
-    if features.shape[0] > 2 * max(shift.shape):
+    if features.shape[0] > max(WaitingRows.BATCH, 2 * max(shift.shape)):
         # Temporaries the size of the state now cost less than reading the features twice.
         accumulate_by_adding(class_scatter, state, features, labels, shift, precision, ignore_index)
         return True
-    refusal = _run(state, features, labels, shift, precision, ignore_index, update=True)
+    refusal = _run(state, features, labels, shift, precision, ignore_index, "update")
+    _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
+    return False
+
+
+def admit(
+    waiting: WaitingRows,
+    features: torch.Tensor,  # [N, p]
+    labels: torch.Tensor,  # [N]
+    shift: torch.Tensor,  # [C, p]
+    *,
+    ignore_index: int = -100,
+) -> None:
+    """Copy the rows in use to those waiting; raises as `accumulate` does, and then leaves all as it was."""
+    import ncfast._cpu as _cpu
+
+    features = _with_contiguous_rows(features)
+    refusal, rows = _cpu.class_scatter_admit(
+        *_batch(features, labels),
+        ignore_index,
+        shift.data_ptr(),
+        shift.shape[0],
+        waiting.features.data_ptr() + waiting.filled * features.shape[1] * features.element_size(),
+        waiting.labels.data_ptr() + waiting.filled * waiting.labels.element_size(),
+    )
+    _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
+    waiting.filled += rows
+
+
+def add_admitted(
+    state: ClassScatter,
+    features: torch.Tensor,  # [N, p]
+    labels: torch.Tensor,  # [N]
+    shift: torch.Tensor,  # [C, p]
+    *,
+    precision: str = "high",
+) -> None:
+    """Add rows that were admitted to `state` in place, to its scatter from the diagonal up."""
+    _run(state, features, labels, shift, precision, -1, "admitted")
+
+
+def _raise_for(
+    refusal: str, features: torch.Tensor, labels: torch.Tensor, num_classes: int, ignore_index: int
+) -> None:
     if refusal == "label":
-        check_label_range(labels, shift.shape[0], ignore_index)
+        check_label_range(labels, num_classes, ignore_index)
     if refusal == "nonfinite":
         raise_for_nonfinite(features, labels, ignore_index)
-    return False
+
+
+def _with_contiguous_rows(features: torch.Tensor) -> torch.Tensor:
+    return features if features.shape[1] == 1 or features.stride(1) == 1 else features.contiguous()
+
+
+def _batch(features: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
+    """Where a batch lies, as the first arguments of `_cpu`'s functions; they outlive no tensor."""
+    return (
+        features.data_ptr(),
+        _NAMES[features.dtype],
+        *features.shape,
+        features.stride(0) * features.element_size(),
+        labels.data_ptr(),
+        labels.element_size(),
+        labels.stride(0) * labels.element_size(),
+    )
 
 
 def _run(
@@ -70,24 +139,15 @@ def _run(
     shift: torch.Tensor,
     precision: str,
     ignore_index: int,
-    update: bool,
+    mode: str,
 ) -> str:
     import ncfast._cpu as _cpu
 
-    if features.shape[1] > 1 and features.stride(1) != 1:
-        features = features.contiguous()
-    if not update:
+    features = _with_contiguous_rows(features)
+    if mode == "whole":
         shift = shift.contiguous()
-    N, p = features.shape
     refusal: str = _cpu.class_scatter(
-        features=features.data_ptr(),
-        dtype=str(features.dtype).removeprefix("torch."),
-        N=N,
-        p=p,
-        row_bytes=features.stride(0) * features.element_size(),
-        labels=labels.data_ptr(),
-        label_size=labels.element_size(),
-        label_bytes=labels.stride(0) * labels.element_size(),
+        *_batch(features, labels),
         ignore_index=ignore_index,
         shift=shift.data_ptr(),
         C=shift.shape[0],
@@ -98,6 +158,6 @@ def _run(
         scatter=0 if result.scatter is None else result.scatter.data_ptr(),
         radii=0 if result.radii is None else result.radii.data_ptr(),
         threads=torch.get_num_threads(),
-        update=update,
+        mode=mode,
     )
     return refusal
