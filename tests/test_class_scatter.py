@@ -35,7 +35,9 @@ SHAPES = [  # N, p, C
     (300, 97, 3),  # one above two register tiles of every instruction set
     (1100, 193, 11),  # one above a tile of the multiply stage, and more than one block of rows
     (2100, 260, 2),  # a class longer than a block
-    (20_000, 5, 3),  # more than one block of the streaming pass
+    (17_000, 5, 1500),  # more than one block of the streaming pass, class by class
+    (20_000, 5, 3),  # without the scatter, rows as they lie, and classes with more than is held in float32
+    (20_000, 40, 200),  # the same, and classes with less
     (20_000, 95, 3),  # strips packed and multiplied in one stage, classes longer than a strip
     (140_000, 65, 20),  # more than one block of those
 ]
@@ -152,6 +154,22 @@ def test_views(isa, dtype):
 
 
 @pytest.mark.usefixtures("isa")
+def test_long_views_without_the_scatter(isa):
+    """Rows as they lie, if with gaps in between; most of them of one class, one class absent."""
+    features, labels, shift = sample(16_000, 48, 6)
+    labels[torch.rand(16_000, generator=torch.Generator().manual_seed(1)) < 0.9] = 4
+    labels[labels == 2] = -100
+    expected = on_reference(features[::2, :24], labels[::2], shift[:, :24], scatter=False, radii=True)
+    views = [(features[::2, :24], labels.int()[::2]), (features[::2].T.contiguous().T[:, :24], labels[::2])]
+    for h, y in views:
+        result = on_cpu(h, y, shift[:, :24], scatter=False, radii=True)
+        assert_close(result, expected, h, y, shift[:, :24], isa, "high")
+    constant = on_cpu(features[:1].expand(16_000, 48), labels, shift, scatter=False)
+    assert torch.equal(constant.counts, torch.bincount(labels[labels >= 0], minlength=6))
+    once = (features[0].double() - shift.double()) * constant.counts[:, None]
+    oracle.assert_within(constant.sums, once, 34 * UNIT * once.abs().max())
+
+
 def test_float16_bits():
     """All finite half-precision numbers, denormals and zeros among them, are widened exactly."""
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
@@ -167,10 +185,10 @@ def test_float16_bits():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize(("N", "scatter"), [(90, True), (90, False), (9000, False)])
 @pytest.mark.usefixtures("isa")
-def test_nonfinite(dtype, bad, scatter):
-    features, labels, shift = sample(90, 35, 3, dtype)
+def test_nonfinite(dtype, bad, N, scatter):
+    features, labels, shift = sample(N, 35, 3, dtype)
     labels[77] = 2
     for column in (0, 20, 34):
         broken = features.clone()
@@ -240,15 +258,20 @@ def test_forced_isa(monkeypatch):
             assert _cpu.isa("affine_argmax") == "avx512"
 
 
-def test_labels_out_of_range_are_left_out():
+@pytest.mark.parametrize("N", [64, 6400])
+def test_labels_out_of_range_are_left_out(N):
     """Below the Python checks too: labels may change under the kernel's feet."""
-    features, labels, shift = sample(64, 8, 3)
+    features, labels, shift = sample(N, 8, 3)
     wild = labels.clone()
-    wild[::3] = torch.tensor([2**62, -(2**62), 3, -1, 2**31, 2**32, 2**32 + 1, -(2**32)]).repeat(3)[:22]
+    outside = torch.tensor([2**62, -(2**62), 3, -1, 2**31, 2**32, 2**32 + 1, -(2**32)])
+    wild[::3] = outside.repeat(N)[: len(wild[::3])]
     left_out = labels.clone()
     left_out[::3] = -100
-    for a, b in zip(cpu.class_scatter(features, wild, shift), on_cpu(features, left_out, shift), strict=True):
-        assert a is b is None or torch.equal(a, b)
+    for scatter in (True, False):
+        options = {"scatter": scatter, "radii": True}
+        found = cpu.class_scatter(features, wild, shift, **options)
+        for a, b in zip(found, on_cpu(features, left_out, shift, **options), strict=True):
+            assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
 
 
 # within/mean ratio, common offset

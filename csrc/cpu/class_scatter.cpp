@@ -54,6 +54,11 @@ int64_t label_at(const ClassScatter& call, int64_t i) {
   return label;
 }
 
+// Where part i of `parts` equal parts of `count` begins.
+int64_t part(int64_t count, int64_t i, int64_t parts) {
+  return count / parts * i + std::min(i, count % parts);
+}
+
 // The rows of one chunk that are in use, by class and within a class as they came.
 class Order {
  public:
@@ -349,6 +354,131 @@ class Pass {
   size_t scratch_bytes_ = 0;
 };
 
+size_t element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// In how many pieces rows are read in the order in which they lie; 0 where class by class is better: with the
+// scatter, of long rows, where shifts and sums crowd the second-level cache, and of few rows per class.
+int64_t storage_pieces(const ClassScatter& call) {
+  constexpr int64_t kLongestRow = 2048, kMostSums = 128 << 10;  // bytes; the latter per byte of an element
+  constexpr int64_t kLeastPiece = 1024, kPiece = 4096;          // rows
+  constexpr int64_t kLeastOfClass = 16, kOfClass = 256;         // rows of a class in a piece, on average
+  constexpr int64_t kLeast = 4, kEnough = 16;                   // pieces, for as many threads
+  const int64_t element = element_bytes(call.dtype), real = std::max<int64_t>(element, sizeof(float));
+  if (call.scatter || element * call.p > kLongestRow || 2 * real * call.C * call.p > kMostSums * element)
+    return 0;
+  const int64_t most = call.N / std::max(kLeastPiece, kLeastOfClass * call.C);
+  if (most < kLeast) return 0;
+  return std::max(std::min(most, kEnough), call.N / std::max(kPiece, kOfClass * call.C));
+}
+
+// Rows in the order in which they lie, which the processor's prefetchers follow. Each is added to the sums of
+// its class, which its thread holds in the cache.
+template <class Real>
+class StoragePass {
+ public:
+  StoragePass(const ClassScatter& call, const ScatterBody& body, int threads,
+              const std::function<void()>& poll)
+      : call_(call), body_(body), threads_(threads), poll_(poll), sums_(threads) {}
+
+  // `ahead`: bytes from a row to the one that is asked for meanwhile.
+  void run(int64_t pieces, int64_t ahead) {
+    const int64_t N = call_.N, size = call_.C * call_.p;
+    const size_t held_bytes = round_up(size * sizeof(Real), kPage);
+    const size_t bytes = held_bytes + round_up(size * sizeof(double), kPage);
+    Memory<char> memory = allocate_or_kept(threads_ * bytes);
+    for (int slot = 0; slot < threads_; slot++) {
+      char* at = memory.get() + slot * bytes;
+      sums_[slot].held = reinterpret_cast<Real*>(at);
+      sums_[slot].totals = reinterpret_cast<double*>(at + held_bytes);
+      sums_[slot].sumsq.resize(call_.C);
+      sums_[slot].rows.resize(call_.C);
+    }
+    const int64_t row = call_.p * element_bytes(call_.dtype);
+    ahead_ = (ahead + row - 1) / row;
+    const int64_t together = std::max<int64_t>(1, kChunk / (N / pieces));  // between two polls
+    for (auto& turn : turns_) turn = 0;
+    for (int64_t first = 0; first < pieces; first += together) {
+      poll_();
+      parallel_for(threads_, std::min(together, pieces - first), [&](int64_t i, int slot) {
+        const int64_t piece = first + i;
+        add_piece(piece, part(N, piece, pieces), part(N, piece + 1, pieces), sums_[slot]);
+      });
+    }
+    keep(std::move(memory));
+  }
+
+ private:
+  static constexpr int64_t kGroups = 16;    // of classes
+  static constexpr int64_t kMostHeld = 32;  // rows; no float32 sum is longer
+
+  struct Sums {
+    Real* held;                 // [C, p], zeros between pieces
+    double* totals;             // [C, p], of the classes that had more than kMostHeld rows
+    bool cleared = false;       // whether `held` has been
+    std::vector<double> sumsq;  // [C]
+    std::vector<int64_t> rows;  // [C]
+  };
+
+  void add_piece(int64_t piece, int64_t from, int64_t to, Sums& sums) {
+    const int64_t C = call_.C, p = call_.p;
+    if (!sums.cleared) std::fill_n(sums.held, C * p, Real(0));
+    sums.cleared = true;
+    std::fill(sums.sumsq.begin(), sums.sumsq.end(), 0.0);
+    std::fill(sums.rows.begin(), sums.rows.end(), 0);
+    const char* features = static_cast<const char*>(call_.features);
+    Real* radii = static_cast<Real*>(call_.radii);
+    for (int64_t i = from; i < to; i++) {
+      const int64_t c = label_at(call_, i);
+      if (c < 0 || c >= C || c == call_.ignore_index) {
+        if (radii) radii[i] = std::numeric_limits<Real>::quiet_NaN();
+        continue;
+      }
+      Real* held = sums.held + c * p;
+      if (sums.rows[c] > 0 && sums.rows[c] % kMostHeld == 0) {
+        double* totals = sums.totals + c * p;
+        if (sums.rows[c] == kMostHeld) std::fill_n(totals, p, 0.0);
+        body_.move_row(held, totals, p);
+      }
+      sums.rows[c]++;
+      const char* shift = static_cast<const char*>(call_.shift) + c * p * sizeof(Real);
+      const Real square =
+          body_.add_row(features + i * call_.row_bytes,
+                        features + std::min(i + ahead_, to - 1) * call_.row_bytes, shift, held, p);
+      sums.sumsq[c] += checked(square);
+      if (radii) radii[i] = std::sqrt(square);
+    }
+    // What pieces contribute is added in their order, by groups of classes so that threads need not wait
+    // long.
+    for (int64_t group = 0; group < kGroups; group++) {
+      // Pieces are handed out in order, so whoever is waited for is at work.
+      while (turns_[group].load(std::memory_order_acquire) != piece) std::this_thread::yield();
+      for (int64_t c = part(C, group, kGroups); c < part(C, group + 1, kGroups); c++) add_class(c, sums);
+      turns_[group].store(piece + 1, std::memory_order_release);
+    }
+  }
+
+  void add_class(int64_t c, Sums& sums) {
+    const int64_t p = call_.p;
+    if (sums.rows[c] == 0) return;
+    call_.counts[c] += sums.rows[c];
+    call_.sumsq[c] += sums.sumsq[c];
+    double* result = call_.sums + c * p;
+    if (sums.rows[c] > kMostHeld) {
+      const double* totals = sums.totals + c * p;
+      for (int64_t j = 0; j < p; j++) result[j] += totals[j];
+    }
+    body_.move_row(sums.held + c * p, result, p);
+  }
+
+  const ClassScatter& call_;
+  const ScatterBody& body_;
+  const int threads_;
+  const std::function<void()>& poll_;
+  int64_t ahead_ = 0;                    // rows
+  std::vector<Sums> sums_;               // one per thread
+  std::atomic<int64_t> turns_[kGroups];  // the piece whose turn it is
+};
+
 const ScatterBody& scatter_body(const ClassScatter& call, Isa isa) {
   const Dtype dtype = call.dtype;
   // Narrow features are read no faster than FMAs multiply them, and those are more precise.
@@ -369,14 +499,24 @@ const ScatterBody& scatter_body(const ClassScatter& call, Isa isa) {
   }
 }
 
+template <class Real>
+void run(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll) {
+  const ScatterBody& body = scatter_body(call, isa);
+  if (const int64_t pieces = storage_pieces(call)) {
+    // Processors with AMX look far enough ahead by themselves.
+    StoragePass<Real>(call, body, threads, poll).run(pieces, isa == Isa::amx ? 0 : 8192);
+  } else {
+    Pass<Real>(call, body, threads, poll).run();
+  }
+}
+
 }  // namespace
 
 void class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll) {
-  const ScatterBody& body = scatter_body(call, isa);
   if (call.dtype == Dtype::float64) {
-    Pass<double>(call, body, threads, poll).run();
+    run<double>(call, isa, threads, poll);
   } else {
-    Pass<float>(call, body, threads, poll).run();
+    run<float>(call, isa, threads, poll);
   }
 }
 
@@ -400,12 +540,13 @@ class Admission {
         return;
       }
     }
+    std::vector<Real> unused(p);  // sums that nobody asks for
     for (int64_t i = 0; i < call.N; i++) {
       if (label_[i] < 0) continue;
       const char* row = static_cast<const char*>(call.features) + i * call.row_bytes;
       Real* k = shift + label_[i] * p;
       if (std::isnan(k[0])) choose(row, body, k);
-      const Real square = body.squared_distance(row, reinterpret_cast<const char*>(k), p);
+      const Real square = body.add_row(row, row, reinterpret_cast<const char*>(k), unused.data(), p);
       if (!std::isfinite(checked(2 * square))) {  // added up in another order it may be a little larger
         refusal_ = Refusal::nonfinite;
         undo();
@@ -470,8 +611,6 @@ Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
   }
   return Refusal::none;
 }
-
-size_t element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 template <class Real>
 Refusal admit(const ClassScatter& call, Real* shift, Isa isa, const WaitingRows& waiting, int64_t& rows) {

@@ -9,6 +9,9 @@
 //         group   up to 32 rows, one call of a body
 //     tile      one task of the multiply stage: a square of the upper triangle of the scatter
 //
+// Without the scatter, rows are read in the order in which they lie where a class's share of them is worth
+// sums of its own: pieces of the rows, each a task that adds every row to its class's sums in the cache.
+//
 // Where the whole scatter is no more than a tile the two stages are one: each task packs a strip into a panel
 // of its own, a few rows at a time, multiplies those while they are in the cache, and adds its tile to the
 // scatter when it is its turn.
@@ -106,8 +109,11 @@ struct ScatterBody {
   int64_t fused_columns;            // up to so many, padded, the two stages are one
   int64_t fused_rows;               // multiple of kGroup: those multiplied at a time
 
-  // |h - k|^2 of a row, in the precision of float64 features or in float32.
-  double (*squared_distance)(const char* features, const char* shift, int64_t p);
+  // For rows in the order in which they lie. sums [p], float64 for float64 features, else float32, += the
+  // residual; returns its square in that precision. Asks for `next`, a row that comes later.
+  double (*add_row)(const char* features, const char* next, const char* shift, void* sums, int64_t p);
+  // totals [p] += sums, and sums = 0.
+  void (*move_row)(void* sums, double* totals, int64_t p);
   // sums += residuals, squares[i] = |residual i|^2. The group starts at row `row` of the block.
   void (*stream)(const Group&, int64_t p, void* squares);
   // The same, and column_squares[p] += squares of the residuals, and the residuals go into the panel.

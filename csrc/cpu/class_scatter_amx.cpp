@@ -220,9 +220,19 @@ void flush(const Panel& panel, double* scatter, char* scratch) {
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   const ScatterBody& vectors = *scatter_body_avx512(dtype);
-  static const ScatterBody table = {kPair,          2048,          sizeof(float), element,
-                                    tile,           kMostTile,     kFusedRows,    vectors.squared_distance,
-                                    vectors.stream, pack<Feature>, multiply,      accumulate,
+  static const ScatterBody table = {kPair,
+                                    2048,
+                                    sizeof(float),
+                                    element,
+                                    tile,
+                                    kMostTile,
+                                    kFusedRows,
+                                    vectors.add_row,
+                                    vectors.move_row,
+                                    vectors.stream,
+                                    pack<Feature>,
+                                    multiply,
+                                    accumulate,
                                     flush};
   return &table;
 }

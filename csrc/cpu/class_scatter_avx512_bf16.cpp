@@ -95,7 +95,7 @@ template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   const ScatterBody& vectors = *scatter_body_avx512(dtype);
   static const ScatterBody table = {
-      kSide,          kBlockRows,    0,        element, tile,   0, 0, vectors.squared_distance,
+      kSide,          kBlockRows,    0,        element, tile,   0, 0, vectors.add_row, vectors.move_row,
       vectors.stream, pack<Feature>, multiply, nullptr, nullptr};
   return &table;
 }

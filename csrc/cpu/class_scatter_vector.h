@@ -91,9 +91,14 @@ inline void add_to(double* sums, const Vec<Real, W>& values, int count) {
 
 template <class Real, int W>
 inline Real sum(const Vec<Real, W>& values) {
-  Real total = 0;
-  for (int i = 0; i < W; i++) total += values[i];
-  return total;
+  if constexpr (W == 2) {
+    return values[0] + values[1];
+  } else {
+    Vec<Real, W / 2> low, high;
+    std::memcpy(&low, &values, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
+    return sum<Real, W / 2>(low + high);
+  }
 }
 
 template <class Feature, class Real, int W>
@@ -147,23 +152,39 @@ struct VectorBody {
     }
   }
 
-  static double squared_distance(const char* row, const char* shift, int64_t p) {
-    constexpr int kSums = 4;  // as many additions on their way at once
-    V total[kSums] = {};
-    int64_t j = 0;
-    for (; j + kSums * W <= p; j += kSums * W) {
-#pragma GCC unroll 4
-      for (int k = 0; k < kSums; k++) {
-        const V d = load<Feature, Real, W>(row, j + k * W, W) - load<Real, Real, W>(shift, j + k * W, W);
-        total[k] += d * d;
-      }
-    }
-    for (; j < p; j += W) {
-      const int count = static_cast<int>(p - j < W ? p - j : W);
+  static double add_row(const char* row, const char* next, const char* shift, void* sums, int64_t p) {
+    constexpr int kAtOnce = 4;  // additions to a square that do not wait for each other
+    constexpr size_t kSize = sizeof(typename Stored<Feature>::type), kLine = 64;
+    char* to = static_cast<char*>(sums);
+    V square[kAtOnce] = {};
+    const auto add = [&](int64_t j, int count, V& square) [[gnu::always_inline]] {
       const V d = load<Feature, Real, W>(row, j, count) - load<Real, Real, W>(shift, j, count);
-      total[0] += d * d;
+      const V total = load<Real, Real, W>(to, j, count) + d;
+      if (count == W) {
+        std::memcpy(to + j * sizeof(Real), &total, sizeof total);
+      } else {
+        std::memcpy(to + j * sizeof(Real), &total, count * sizeof(Real));
+      }
+      square += d * d;
+    };
+    int64_t j = 0;
+    for (; j + kAtOnce * W <= p; j += kAtOnce * W) {
+      for (size_t byte = 0; byte < kAtOnce * W * kSize; byte += kLine)
+        __builtin_prefetch(next + j * kSize + byte, 0, 2);
+#pragma GCC unroll 4
+      for (int k = 0; k < kAtOnce; k++) add(j + k * W, W, square[k]);
     }
-    return sum<Real, W>((total[0] + total[1]) + (total[2] + total[3]));
+    for (; j + W <= p; j += W) add(j, W, square[0]);
+    if (j < p) add(j, static_cast<int>(p - j), square[0]);
+    return sum<Real, W>((square[0] + square[1]) + (square[2] + square[3]));
+  }
+
+  static void move_row(void* sums, double* totals, int64_t p) {
+    char* from = static_cast<char*>(sums);
+    for_pieces(p, [&](int64_t j, int count) [[gnu::always_inline]] {
+      add_to<Real, W>(totals + j, load<Real, Real, W>(from, j, count), count);
+      std::memset(from + j * sizeof(Real), 0, count * sizeof(Real));
+    });
   }
 
   static void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares,
@@ -254,8 +275,8 @@ struct VectorBody {
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t block_rows) {
     static const ScatterBody table = {
-        W,    block_rows,           0,       element, tile<Tile>, 0, 0, squared_distance, stream,
-        pack, multiply<A, B, Tile>, nullptr, nullptr};
+        W,       block_rows, 0,      element, tile<Tile>,           0,       0,
+        add_row, move_row,   stream, pack,    multiply<A, B, Tile>, nullptr, nullptr};
     return &table;
   }
 };
