@@ -86,7 +86,7 @@ std::string class_scatter(Address features, const std::string& dtype, int64_t N,
                           Address labels, int label_size, int64_t label_bytes, int64_t ignore_index,
                           Address shift, int64_t C, const std::string& precision, Address counts,
                           Address sums, Address sumsq, Address scatter, Address radii, int threads,
-                          const std::string& mode_name) {
+                          const std::string& mode_name, Address filled) {
   const Mode mode = named(kModes, mode_name);
   const ncfast::ClassScatter call = {N,
                                      p,
@@ -114,6 +114,7 @@ std::string class_scatter(Address features, const std::string& dtype, int64_t N,
       break;
     case Mode::admitted:
       ncfast::class_scatter(call, isa, threads, [] {});
+      *at<int64_t>(filled) = 0;  // none waits any longer, even if a signal is handled when this returns
       break;
     case Mode::update:
       return kRefusals.at(ncfast::class_scatter_update(call, at<void>(shift), isa, threads));
@@ -121,12 +122,11 @@ std::string class_scatter(Address features, const std::string& dtype, int64_t N,
   return "";
 }
 
-// Returns what is refused, and otherwise "" and how many rows wait.
-std::pair<std::string, int64_t> class_scatter_admit(Address features, const std::string& dtype, int64_t N,
-                                                    int64_t p, int64_t row_bytes, Address labels,
-                                                    int label_size, int64_t label_bytes, int64_t ignore_index,
-                                                    Address shift, int64_t C, Address waiting_features,
-                                                    Address waiting_labels) {
+// Returns what class_scatter_admit refuses, or "" for nothing.
+std::string class_scatter_admit(Address features, const std::string& dtype, int64_t N, int64_t p,
+                                int64_t row_bytes, Address labels, int label_size, int64_t label_bytes,
+                                int64_t ignore_index, Address shift, int64_t C, Address waiting_features,
+                                Address waiting_labels, Address filled) {
   ncfast::ClassScatter call = {};
   call.N = N;
   call.p = p;
@@ -138,12 +138,11 @@ std::pair<std::string, int64_t> class_scatter_admit(Address features, const std:
   call.label_size = label_size;
   call.label_bytes = label_bytes;
   call.ignore_index = ignore_index;
+  const ncfast::WaitingRows waiting = {at<void>(waiting_features), at<int64_t>(waiting_labels),
+                                       at<int64_t>(filled)};
   const ncfast::Isa isa = selected("class_scatter");
   py::gil_scoped_release release;
-  int64_t rows = 0;
-  const ncfast::Refusal refusal = ncfast::class_scatter_admit(
-      call, at<void>(shift), isa, {at<void>(waiting_features), at<int64_t>(waiting_labels)}, rows);
-  return {kRefusals.at(refusal), rows};
+  return kRefusals.at(ncfast::class_scatter_admit(call, at<void>(shift), isa, waiting));
 }
 
 void affine_argmax(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
@@ -231,10 +230,10 @@ PYBIND11_MODULE(_cpu, m) {
       "operation"_a, "The instruction sets that `operation` can run on here.");
   m.def("class_scatter", &class_scatter, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "labels"_a,
         "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "precision"_a, "counts"_a,
-        "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "threads"_a, "mode"_a);
+        "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "threads"_a, "mode"_a, "filled"_a);
   m.def("class_scatter_admit", &class_scatter_admit, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a,
         "labels"_a, "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "waiting_features"_a,
-        "waiting_labels"_a);
+        "waiting_labels"_a, "filled"_a);
   m.def("affine_argmax", &affine_argmax, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "middle"_a,
         "rules"_a, "threads"_a);
   m.def("pair_geometry", &pair_geometry, "vectors"_a, "C"_a, "p"_a, "variances"_a, "statistics"_a,

@@ -35,9 +35,8 @@ bool wait(ncfast::ClassScatter call, size_t size, ncfast::Isa isa, int64_t used)
   std::vector<char> features(used * call.p * size);
   std::vector<int64_t> labels(used), counts(call.C);
   int64_t rows = 0;
-  if (ncfast::class_scatter_admit(call, shift.data(), isa, {features.data(), labels.data()}, rows) !=
-      ncfast::Refusal::none)
-    return true;
+  const ncfast::WaitingRows waiting = {features.data(), labels.data(), &rows};
+  if (ncfast::class_scatter_admit(call, shift.data(), isa, waiting) != ncfast::Refusal::none) return true;
   if (rows != used) fail("not every row waits", isa);
   std::vector<Real> radii(rows);
   call.N = rows;

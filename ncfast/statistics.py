@@ -28,7 +28,7 @@ from ncfast.ops.class_scatter import (
 )
 
 _FORMAT = 2  # of state_dict(): raise it when the meaning of an entry changes
-_OWN_TENSORS = ("_counts", "shift", "_sums", "_sumsq", "_scatter", "_skipped", "_refused")
+_OWN_TENSORS = ("_counts", "_shift", "_sums", "_sumsq", "_scatter", "_skipped", "_refused")
 _MAGIC = b"ncfast ClassStatistics\n"  # begins a file of `save`; the SHA-256 of the rest follows
 
 
@@ -91,10 +91,9 @@ class ClassStatistics:
         zeros = torch.zeros(num_classes, dtype=torch.float64, device=device)
         self._counts = torch.zeros_like(zeros, dtype=torch.int64)
         # A row of NaN is a shift not chosen yet. float32, until the first float64 batch needs float64.
-        self.shift = zeros.new_full((num_classes, dim), torch.nan, dtype=torch.float32)
-        """[C, p] float32 or float64: k_c, NaN until a sample of class c is seen."""
+        self._shift = zeros.new_full((num_classes, dim), torch.nan, dtype=torch.float32)
         if shift is not None:
-            self.shift = shift.detach().to(zeros.device, shift_dtype(shift.dtype), copy=True).contiguous()
+            self._shift = shift.detach().to(zeros.device, shift_dtype(shift.dtype), copy=True).contiguous()
         self._sums = zeros.new_zeros(num_classes, dim)
         self._sumsq = zeros
         self._scatter = zeros.new_zeros(dim, dim) if scatter else None
@@ -118,7 +117,18 @@ class ClassStatistics:
 
     @counts.setter
     def counts(self, value: torch.Tensor) -> None:
+        self._add_waiting()
         self._counts = value
+
+    @property
+    def shift(self) -> torch.Tensor:
+        """[C, p] float32 or float64: k_c, NaN until a sample of class c is seen."""
+        return self._shift
+
+    @shift.setter
+    def shift(self, value: torch.Tensor) -> None:
+        self._add_waiting()
+        self._shift = value
 
     @property
     def sums(self) -> torch.Tensor:
@@ -128,6 +138,7 @@ class ClassStatistics:
 
     @sums.setter
     def sums(self, value: torch.Tensor) -> None:
+        self._add_waiting()
         self._sums = value
 
     @property
@@ -138,6 +149,7 @@ class ClassStatistics:
 
     @sumsq.setter
     def sumsq(self, value: torch.Tensor) -> None:
+        self._add_waiting()
         self._sumsq = value
 
     @property
@@ -149,6 +161,7 @@ class ClassStatistics:
 
     @scatter.setter
     def scatter(self, value: torch.Tensor | None) -> None:
+        self._add_waiting()
         self._scatter, self._upper_only = value, False
 
     def _mirror(self) -> None:
@@ -205,10 +218,10 @@ class ClassStatistics:
         return cast(torch.Tensor, self._add(features, labels, radii=True))
 
     def _update_in_graph(self, features: torch.Tensor, labels: torch.Tensor) -> "ClassStatistics":
+        self._add_waiting()
         if features.dtype == torch.float64:
-            self.shift = self.shift.double()
-        # Rows that wait may go on waiting.
-        sums = self._counts, self.shift, self._sums, self._sumsq, self._scatter
+            self._shift = self._shift.double()
+        sums = self._counts, self._shift, self._sums, self._sumsq, self._scatter
         state = *sums, self._skipped, self._refused
         options = self.precision, self.ignore_index, self.nonfinite
         torch.ops.ncfast.update_statistics(features.detach(), labels, *state, *options)
@@ -221,10 +234,9 @@ class ClassStatistics:
         features, labels = self._checked(features, labels)
         if features.shape[0] == 0:
             return features.new_empty(0, dtype=torch.float32) if radii else None
-        if features.dtype == torch.float64 and self.shift.dtype == torch.float32:
-            shift = self.shift.double()
-        else:
-            shift = self.shift
+        shift = self._shift
+        if features.dtype == torch.float64 and shift.dtype == torch.float32:
+            shift = shift.double()
         if shift.dtype == torch.float64:
             # Rounding a float64 shift would move the origin of the earlier batches.
             features = features.double()
@@ -232,6 +244,9 @@ class ClassStatistics:
         distances = None
         if radii:
             distances = features.new_empty(features.shape[0], dtype=shift_dtype(features.dtype))
+        may_wait = may_wait and self._lets_wait(features)
+        # Until this is known to be wrong: what is above the diagonal is up to date, whatever interrupts.
+        upper_only, self._upper_only = self._upper_only, True
         whole = accumulate(
             self._state(distances),
             features,
@@ -239,10 +254,17 @@ class ClassStatistics:
             shift,
             precision=self.precision,
             ignore_index=self.ignore_index,
-            waiting=self._room_for(features) if may_wait else None,
+            waiting=self._waiting,
+            may_wait=may_wait,
         )
-        self.shift = shift
-        self._upper_only |= not whole
+        if whole:
+            self._upper_only = upper_only
+        self._shift = shift
+        waiting = self._waiting
+        if waiting is not None and (
+            len(waiting) >= WaitingRows.MOST or waiting.features.dtype != features.dtype
+        ):
+            self._add_waiting()
         if skipped is not None:
             self._skipped += skipped
         if refused is not None:
@@ -253,22 +275,30 @@ class ClassStatistics:
     def _state(self, radii: torch.Tensor | None = None) -> ClassScatter:
         return ClassScatter(self._counts, self._sums, self._sumsq, self._scatter, radii)
 
-    def _room_for(self, features: torch.Tensor) -> WaitingRows | None:
-        """Where these rows may wait; None if they had better be added at once."""
+    def _lets_wait(self, features: torch.Tensor) -> bool:
+        """Whether these rows may wait: few of them, with others of their dtype."""
         if self._scatter is None or self._defers or len(features) > WaitingRows.BATCH:
-            return None
-        if self._waiting is None or self._waiting.features.dtype != features.dtype:
-            self._add_waiting()
-            self._waiting = WaitingRows(features)
-        if self._waiting.filled + len(features) > WaitingRows.MOST:
-            self._add_waiting()
-        return self._waiting
+            return False
+        waiting = self._waiting
+        if waiting is None or (waiting.features.dtype != features.dtype and not waiting):
+            waiting = self._waiting = WaitingRows(features)
+        return waiting.features.dtype == features.dtype
 
     def _add_waiting(self) -> None:
-        if self._waiting is not None and self._waiting.filled:
-            self._thaw()
-            whole = accumulate_waiting(self._state(), self._waiting, self.shift, precision=self.precision)
-            self._upper_only |= not whole
+        waiting = self._waiting
+        if waiting is None:
+            return
+        if torch.compiler.is_compiling():
+            sums = self._counts, self._shift, self._sums, self._sumsq, self._scatter
+            rows = waiting.features, waiting.labels, waiting.filled
+            torch.ops.ncfast.add_waiting_rows(*rows, *sums, self.precision)
+            self._upper_only = True
+            return
+        with waiting.lock:
+            if len(waiting):
+                self._thaw()
+                self._upper_only = True
+                accumulate_waiting(self._state(), waiting, self._shift, precision=self.precision)
 
     def merge(self, other: "ClassStatistics") -> "ClassStatistics":
         """Add the samples that `other` has seen, exactly as if both had seen all; returns self.
@@ -531,7 +561,7 @@ class ClassStatistics:
         """
         self._raise_refused()
         self._mirror()
-        features, labels = self._waiting.rows() if self._waiting and self._waiting.filled else (None, None)
+        features, labels = self._waiting.rows() if self._waiting else (None, None)
         tensors = self._tensors() | {"waiting_features": features, "waiting_labels": labels}
         state: dict[str, Any] = {name: None if t is None else t.clone() for name, t in tensors.items()}
         recentring = [self._rows_then, self._rows_since]
@@ -541,7 +571,7 @@ class ClassStatistics:
         """What has been added, without the rows that wait."""
         sums = self._state()._asdict()
         del sums["radii"]
-        return sums | {"shift": self.shift}
+        return sums | {"shift": self._shift}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace this state by a saved one of the same num_classes, dim and scatter; keeps the device.
@@ -585,10 +615,13 @@ class ClassStatistics:
             raise ValueError("a class that has samples has no shift")
         self._waiting = self._as_waiting(state["waiting_features"], state["waiting_labels"], loaded["shift"])
         for name, tensor in loaded.items():
-            setattr(self, name, tensor)
+            setattr(self, f"_{name}", tensor)
+        self._upper_only = False
         self._rows_then, self._rows_since = state["recentring"]
         self._skipped = torch.full_like(self._skipped, state["num_skipped"])
         self._refused = torch.zeros_like(self._refused)
+        if self._defers:
+            self._add_waiting()  # there it would never be full
 
     def _as_waiting(self, features: Any, labels: Any, shift: torch.Tensor) -> WaitingRows | None:
         """The rows that wait in a saved state, to be added about `shift`."""
@@ -597,10 +630,10 @@ class ClassStatistics:
         if not isinstance(features, torch.Tensor) or not isinstance(labels, torch.Tensor):
             raise ValueError("waiting_features and waiting_labels must be two tensors or None")
         rows = len(features) if features.ndim else 0
-        if features.shape != (rows, self.dim) or labels.shape != (rows,) or rows > WaitingRows.MOST:
+        if features.shape != (rows, self.dim) or labels.shape != (rows,) or rows >= WaitingRows.MOST:
             raise ValueError(
                 f"waiting_features and waiting_labels must have shapes [R, {self.dim}] and [R] with "
-                f"R ≤ {WaitingRows.MOST}, got {list(features.shape)} and {list(labels.shape)}"
+                f"R < {WaitingRows.MOST}, got {list(features.shape)} and {list(labels.shape)}"
             )
         wide = features.dtype == torch.float64 and shift.dtype != torch.float64
         if features.dtype not in FEATURE_DTYPES or wide or labels.dtype != torch.int64:
@@ -613,7 +646,7 @@ class ClassStatistics:
         if not shift[labels].isfinite().all():
             raise ValueError("a class that has samples has no shift")
         waiting = WaitingRows(features.to(shift.device))
-        waiting.filled = rows
+        waiting.filled.fill_(rows)
         for kept, given in zip(waiting.rows(), (features, labels), strict=True):
             kept.copy_(given)
         return waiting
@@ -671,6 +704,32 @@ class ClassStatistics:
             f"num_samples={self.num_samples}, scatter={self._scatter is not None}, "
             f"device='{self._counts.device}')"
         )
+
+
+# What torch.compile sees of reading a state: one node that adds the rows that wait, if any.
+@torch.library.custom_op(
+    "ncfast::add_waiting_rows", mutates_args=("filled", "counts", "shift", "sums", "sumsq", "scatter")
+)
+def _add_waiting_op(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    filled: torch.Tensor,
+    counts: torch.Tensor,
+    shift: torch.Tensor,
+    sums: torch.Tensor,
+    sumsq: torch.Tensor,
+    scatter: torch.Tensor | None,
+    precision: str,
+) -> None:
+    waiting = WaitingRows.of(features, labels, filled)
+    if waiting:
+        state = ClassScatter(counts, sums, sumsq, scatter, None)
+        accumulate_waiting(state, waiting, shift, precision=precision)
+
+
+@_add_waiting_op.register_fake
+def _(*_: Any) -> None:
+    return None
 
 
 # What torch.compile sees of `update`: one node that writes to the state.

@@ -107,6 +107,30 @@ def test_update_in_one_graph(options, dtype, dynamic):
         )
 
 
+def test_a_graph_adds_the_rows_that_wait():
+    """Rows of eager updates, read or followed by an update in a graph."""
+    features, labels = oracle.clustered(5, 9, 60, 0.5)
+
+    def step(stats, features, labels):
+        before = stats.counts.sum()
+        return before, stats.update(features, labels).sums.sum() + stats.scatter.sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ours, eager = (ncfast.ClassStatistics(5, 9) for _ in range(2))
+    for i in range(12):
+        if i % 4 == 3:
+            (n, total), (expected_n, expected) = (
+                compiled(ours, features, labels),
+                step(eager, features, labels),
+            )
+            assert n == expected_n == 60 * i
+            torch.testing.assert_close(total, expected)
+        else:
+            ours.update(features, labels)
+            eager.update(features, labels)
+    assert ours.num_samples == eager.num_samples == 720
+
+
 def test_update_that_raises_in_a_graph_leaves_the_state():
     stats = ncfast.ClassStatistics(2, 3).update(torch.randn(6, 3), torch.arange(6) % 2)
     before = stats.state_dict()

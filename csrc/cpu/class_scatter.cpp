@@ -526,7 +526,7 @@ namespace {
 template <class Real>
 class Admission {
  public:
-  // admitted(i) for every row in use, while its features are in the cache.
+  // admitted(i, label) for every row in use, while its features are in the cache.
   template <class Admitted>
   Admission(const ClassScatter& call, Real* shift, const ScatterBody& body, const Admitted& admitted)
       : call_(call), label_(call.N) {
@@ -552,13 +552,11 @@ class Admission {
         undo();
         return;
       }
-      admitted(i);
+      admitted(i, label_[i]);
     }
   }
 
   Refusal refusal() const { return refusal_; }
-
-  int64_t label(int64_t i) const { return label_[i]; }  // -1 for a row left out
 
   // The batch with the labels as they were, whatever another thread writes there meanwhile.
   ClassScatter batch() const {
@@ -601,7 +599,7 @@ class Admission {
 
 template <class Real>
 Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
-  const Admission<Real> admission(call, shift, scatter_body(call, isa), [](int64_t) {});
+  const Admission<Real> admission(call, shift, scatter_body(call, isa), [](int64_t, int64_t) {});
   if (admission.refusal() != Refusal::none) return admission.refusal();
   try {
     class_scatter(admission.batch(), isa, threads, [] {});
@@ -613,19 +611,16 @@ Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
 }
 
 template <class Real>
-Refusal admit(const ClassScatter& call, Real* shift, Isa isa, const WaitingRows& waiting, int64_t& rows) {
+Refusal admit(const ClassScatter& call, Real* shift, Isa isa, const WaitingRows& waiting) {
   const size_t row_bytes = call.p * element_bytes(call.dtype);
-  char* to = static_cast<char*>(waiting.features);
-  const Admission<Real> admission(call, shift, scatter_body(call, isa), [&](int64_t i) {
-    std::memcpy(to, static_cast<const char*>(call.features) + i * call.row_bytes, row_bytes);
-    to += row_bytes;
+  int64_t end = *waiting.filled;
+  const Admission<Real> admission(call, shift, scatter_body(call, isa), [&](int64_t i, int64_t label) {
+    std::memcpy(static_cast<char*>(waiting.features) + end * row_bytes,
+                static_cast<const char*>(call.features) + i * call.row_bytes, row_bytes);
+    waiting.labels[end++] = label;
   });
-  if (admission.refusal() != Refusal::none) return admission.refusal();
-  rows = 0;
-  for (int64_t i = 0; i < call.N; i++) {
-    if (admission.label(i) >= 0) waiting.labels[rows++] = admission.label(i);
-  }
-  return Refusal::none;
+  if (admission.refusal() == Refusal::none) *waiting.filled = end;
+  return admission.refusal();
 }
 
 }  // namespace
@@ -635,10 +630,9 @@ Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int
                                       : update(call, static_cast<float*>(shift), isa, threads);
 }
 
-Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, const WaitingRows& waiting,
-                            int64_t& rows) {
-  return call.dtype == Dtype::float64 ? admit(call, static_cast<double*>(shift), isa, waiting, rows)
-                                      : admit(call, static_cast<float*>(shift), isa, waiting, rows);
+Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, const WaitingRows& waiting) {
+  return call.dtype == Dtype::float64 ? admit(call, static_cast<double*>(shift), isa, waiting)
+                                      : admit(call, static_cast<float*>(shift), isa, waiting);
 }
 
 }  // namespace ncfast

@@ -64,16 +64,17 @@ enum class Refusal { none, label, nonfinite };
 // overflow. Reads the features twice: they should fit the cache.
 Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int threads);
 
-// Where rows wait that will be added by one class_scatter later: room for those of the batch that are in use.
+// Where rows wait that will be added by one class_scatter later.
 struct WaitingRows {
-  void* features;   // [rows, p] contiguous, of the batch's dtype
-  int64_t* labels;  // [rows]
+  void* features;   // [.., p] contiguous, of the batch's dtype
+  int64_t* labels;  // [..]
+  int64_t* filled;  // how many wait
 };
 
-// The part of class_scatter_update that can refuse: chooses shifts, and copies the rows in use, counted in
-// `rows`, to where they wait. Needs no outputs. The shifts of these rows must stay until they are added.
-Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, const WaitingRows& waiting,
-                            int64_t& rows);
+// The part of class_scatter_update that can refuse: chooses shifts, and appends the rows in use to those that
+// wait, for which there must be room. Needs no outputs. The shifts of waiting rows must stay until they are
+// added.
+Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, const WaitingRows& waiting);
 
 constexpr int kGroup = 32;
 constexpr int kStreamed = 8;  // rows of one class that ScatterBody::stream reads side by side

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -36,20 +37,41 @@ class WaitingRows:
     """
 
     MOST = 1024
-    """Rows that can wait."""
+    """As many rows are added."""
     BATCH = 256
     """Rows of the largest batch that waits; what is larger gains less than copying it costs."""
 
     def __init__(self, like: torch.Tensor) -> None:
-        self.features = like.new_empty(self.MOST, like.shape[1])
-        """[MOST, p], `filled` of which wait."""
-        self.labels = like.new_empty(self.MOST, dtype=torch.int64)
-        """[MOST], each in [0, C)."""
-        self.filled = 0
+        rows = self.MOST + self.BATCH  # always room for a batch, which may yet be refused
+        with torch.inference_mode(False):
+            self.features = like.new_empty(rows, like.shape[1])
+            """[MOST + BATCH, p], the first `filled` of which wait."""
+            self.labels = like.new_empty(rows, dtype=torch.int64)
+            """[MOST + BATCH], each in [0, C)."""
+            self.filled = like.new_zeros((), dtype=torch.int64)
+            """[]: changed in the same call as the rows or the sums, which no signal can interrupt."""
+        self.lock = threading.RLock()
+        """To be held by who adds rows to them or to the state: reading a state may do that in any thread."""
+
+    @classmethod
+    def of(cls, features: torch.Tensor, labels: torch.Tensor, filled: torch.Tensor) -> "WaitingRows":
+        """The rows in these tensors."""
+        waiting = cls.__new__(cls)
+        waiting.__setstate__({"features": features, "labels": labels, "filled": filled})
+        return waiting
+
+    def __len__(self) -> int:
+        return int(self.filled)
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Those waiting: features [filled, p] and labels [filled]."""
-        return self.features[: self.filled], self.labels[: self.filled]
+        return self.features[: len(self)], self.labels[: len(self)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
 
 class RowError(ValueError):
@@ -197,10 +219,12 @@ def accumulate(
     precision: str = "high",
     ignore_index: int = -100,
     waiting: WaitingRows | None = None,
+    may_wait: bool = False,
 ) -> bool:
     """Add a checked batch to `state` in place; a class whose shift begins with a NaN gets its first feature.
 
-    With `waiting`, which must have room for the batch, its rows may be put there instead.
+    `waiting` are rows that are yet to be added about the same shifts. If this batch `may_wait`, it may be put
+    there instead; there must be room.
 
     What raises leaves `state` and `shift` bit for bit as they were, `state.radii` apart: it belongs to the
     batch and is overwritten. `state.scatter` need hold no more than the diagonal and what is above it;
@@ -214,24 +238,24 @@ def accumulate(
     scatter = state.scatter is not None
     backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
     in_place = dispatch.beside(backend, "accumulate")
-    admit = dispatch.beside(backend, "admit")
+    admit = dispatch.beside(backend, "admit") if may_wait else None
     # The first batch chooses most shifts: it goes where a bad choice can be mended.
-    later = bool(waiting and waiting.filled) or bool(state.counts.any())
+    later = bool(waiting) or bool(state.counts.any())
     if admit is not None and waiting is not None and later:
-        admit(waiting, features, labels, shift, ignore_index=ignore_index)
+        with waiting.lock:
+            admit(waiting, features, labels, shift, ignore_index=ignore_index)
         return True
     if in_place is not None and later:
-        return cast(
-            bool, in_place(state, features, labels, shift, precision=precision, ignore_index=ignore_index)
-        )
-    accumulate_by_adding(backend, state, features, labels, shift, precision, ignore_index)
+        options = {"precision": precision, "ignore_index": ignore_index, "waiting": waiting}
+        return cast(bool, in_place(state, features, labels, shift, **options))
+    accumulate_by_adding(backend, state, features, labels, shift, precision, ignore_index, waiting)
     return True
 
 
 def accumulate_waiting(
     state: ClassScatter, waiting: WaitingRows, shift: torch.Tensor, *, precision: str = "high"
-) -> bool:
-    """Add the rows that wait to `state` in place; returns as `accumulate`, and leaves none waiting."""
+) -> None:
+    """Add the rows that wait to `state` in place, to its scatter at least from the diagonal up."""
     features, labels = waiting.rows()
     if shift.dtype == torch.float64:  # as it became meanwhile
         features = features.double()
@@ -239,11 +263,10 @@ def accumulate_waiting(
     backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
     add_admitted = dispatch.beside(backend, "add_admitted")
     if add_admitted is not None:
-        add_admitted(state, features, labels, shift, precision=precision)
+        add_admitted(state, features, labels, shift, precision=precision, filled=waiting.filled)
     else:
-        accumulate_by_adding(backend, state, features, labels, shift, precision, -1)
-    waiting.filled = 0
-    return add_admitted is None
+        accumulate_by_adding(backend, state, features, labels, shift, precision, -1, waiting)
+        waiting.filled.zero_()
 
 
 def accumulate_by_adding(
@@ -254,6 +277,7 @@ def accumulate_by_adding(
     shift: torch.Tensor,
     precision: str,
     ignore_index: int,
+    waiting: WaitingRows | None = None,
 ) -> None:
     """Do what `accumulate` does through temporaries: `run` a backend's operation, then add its result."""
     sums_about = functools.partial(
@@ -274,6 +298,8 @@ def accumulate_by_adding(
             raise_for_nonfinite(features, labels, ignore_index)
         if features.device.type == "cpu" and len(classes):
             far = far_shifts(batch.counts, batch.sums, batch.sumsq) & (state.counts == 0)
+            if waiting is not None:
+                far[waiting.rows()[1]] = False
             if far.any():
                 means = shift.double() + batch.sums / batch.counts[:, None]
                 chosen = torch.where(far[:, None], means.to(shift.dtype), shift)

@@ -59,11 +59,12 @@ def accumulate(
     *,
     precision: str = "high",
     ignore_index: int = -100,
+    waiting: WaitingRows | None = None,
 ) -> bool:
     """Add a batch to `state` in place; see `ncfast.ops.class_scatter.accumulate`."""
     if features.shape[0] > max(WaitingRows.BATCH, 2 * max(shift.shape)):
         # Temporaries the size of the state now cost less than reading the features twice.
-        accumulate_by_adding(class_scatter, state, features, labels, shift, precision, ignore_index)
+        accumulate_by_adding(class_scatter, state, features, labels, shift, precision, ignore_index, waiting)
         return True
     refusal = _run(state, features, labels, shift, precision, ignore_index, "update")
     _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
@@ -82,16 +83,16 @@ def admit(
     import ncfast._cpu as _cpu
 
     features = _with_contiguous_rows(features)
-    refusal, rows = _cpu.class_scatter_admit(
+    refusal: str = _cpu.class_scatter_admit(
         *_batch(features, labels),
         ignore_index,
         shift.data_ptr(),
         shift.shape[0],
-        waiting.features.data_ptr() + waiting.filled * features.shape[1] * features.element_size(),
-        waiting.labels.data_ptr() + waiting.filled * waiting.labels.element_size(),
+        waiting.features.data_ptr(),
+        waiting.labels.data_ptr(),
+        waiting.filled.data_ptr(),
     )
     _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
-    waiting.filled += rows
 
 
 def add_admitted(
@@ -101,9 +102,10 @@ def add_admitted(
     shift: torch.Tensor,  # [C, p]
     *,
     precision: str = "high",
+    filled: torch.Tensor,  # []
 ) -> None:
-    """Add rows that were admitted to `state` in place, to its scatter from the diagonal up."""
-    _run(state, features, labels, shift, precision, -1, "admitted")
+    """Add rows that were admitted to `state` in place, to its scatter from the diagonal up; zero `filled`."""
+    _run(state, features, labels, shift, precision, -1, "admitted", filled)
 
 
 def _raise_for(
@@ -140,6 +142,7 @@ def _run(
     precision: str,
     ignore_index: int,
     mode: str,
+    filled: torch.Tensor | None = None,
 ) -> str:
     import ncfast._cpu as _cpu
 
@@ -159,5 +162,6 @@ def _run(
         radii=0 if result.radii is None else result.radii.data_ptr(),
         threads=torch.get_num_threads(),
         mode=mode,
+        filled=0 if filled is None else filled.data_ptr(),
     )
     return refusal
