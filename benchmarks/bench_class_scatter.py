@@ -76,11 +76,11 @@ def scatter_rows(p, rounds, isa):
             report(f"p={p} {kind} {precision} on {isa}", seconds, opponent, "H.T @ H")
 
 
-def stream_row(p, rounds):
+def stream_row(p, rounds, classes):
     """Inputs rotate through 1 GiB, past the last-level cache of most machines."""
     copies = max(2, 2**30 // (N * p * 4))
-    labels = torch.randint(0, C, (N,))
-    shift = torch.randn(C, p)
+    labels = torch.randint(0, classes, (N,))
+    shift = torch.randn(classes, p)
     features = [torch.randn(N, p) for _ in range(copies)]
     turn = iter(range(10**9))
 
@@ -93,7 +93,7 @@ def stream_row(p, rounds):
     ]
     read, ours = medians(runs, max(rounds, copies))
     rate = N * p * 4e-9
-    report(f"p={p} scatter=False", ours, read, "torch.sum", f"  {rate / ours:.1f} of {rate / read:.1f} GB/s")
+    report(f"p={p} C={classes} scatter=False", ours, read, "torch.sum", f"  {rate / ours:.1f} of {rate / read:.1f} GB/s")
 
 
 def update_row(rounds, p=512, classes=100, batch=128):
@@ -154,8 +154,9 @@ def main():
             peak_row(p)
     for p in options.dim:
         scatter_rows(p, options.rounds, isa)
-    for p in options.dim:
-        stream_row(p, options.rounds)
+    for classes in (10, 100, C):
+        for p in options.dim:
+            stream_row(p, options.rounds, classes)
     update_row(options.rounds)
 
 

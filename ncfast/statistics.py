@@ -29,6 +29,8 @@ from ncfast.ops.class_scatter import (
 
 _FORMAT = 2  # of state_dict(): raise it when the meaning of an entry changes
 _OWN_TENSORS = ("_counts", "_shift", "_sums", "_sumsq", "_scatter", "_skipped", "_refused")
+# Of a row about its shift: a sum of 2²⁰ of twice that stays finite, and no kernel takes it for an overflow.
+_MOST_SQUARE = {dtype: torch.finfo(dtype).max * 2.0**-21 for dtype in (torch.float32, torch.float64)}
 _MAGIC = b"ncfast ClassStatistics\n"  # begins a file of `save`; the SHA-256 of the rest follows
 
 
@@ -99,7 +101,7 @@ class ClassStatistics:
         self._scatter = zeros.new_zeros(dim, dim) if scatter else None
         self._upper_only = False  # what is below the diagonal of _scatter is out of date
         self._waiting: WaitingRows | None = None  # rows that are not yet in any of the sums
-        self._rows_may_wait = True
+        self._rows_may_wait = True  # not where the tensors are all that is kept
         # The samples there were when shifts were last looked at, and the rows since then.
         self._rows_then = self._rows_since = 0
         # Rows left out by nonfinite="skip"; and, on a GPU, rows to complain about at the next
@@ -260,10 +262,7 @@ class ClassStatistics:
         if whole:
             self._upper_only = upper_only
         self._shift = shift
-        waiting = self._waiting
-        if waiting is not None and (
-            len(waiting) >= WaitingRows.MOST or waiting.features.dtype != features.dtype
-        ):
+        if self._waiting is not None and len(self._waiting) >= WaitingRows.MOST:
             self._add_waiting()
         if skipped is not None:
             self._skipped += skipped
@@ -277,7 +276,7 @@ class ClassStatistics:
 
     def _lets_wait(self, features: torch.Tensor) -> bool:
         """Whether these rows may wait: few of them, with others of their dtype."""
-        if self._scatter is None or self._defers or len(features) > WaitingRows.BATCH:
+        if self._scatter is None or self._defers or len(features) > WaitingRows.MOST_OF_BATCH:
             return False
         waiting = self._waiting
         if waiting is None or (waiting.features.dtype != features.dtype and not waiting):
@@ -312,7 +311,7 @@ class ClassStatistics:
 
         """
         ours = (self.num_classes, self.dim, self._scatter is not None, self._counts.device)
-        theirs = (other.num_classes, other.dim, other.scatter is not None, other.counts.device)
+        theirs = (other.num_classes, other.dim, other._scatter is not None, other._counts.device)
         if ours != theirs:
             raise ValueError(f"cannot merge (num_classes, dim, scatter, device) {theirs} into {ours}")
         other._raise_refused()
@@ -627,7 +626,7 @@ class ClassStatistics:
         """The rows that wait in a saved state, to be added about `shift`."""
         if features is None and labels is None:
             return None
-        if not isinstance(features, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        if not _is_plain(features) or not _is_plain(labels):
             raise ValueError("waiting_features and waiting_labels must be two tensors or None")
         rows = len(features) if features.ndim else 0
         if features.shape != (rows, self.dim) or labels.shape != (rows,) or rows >= WaitingRows.MOST:
@@ -643,12 +642,14 @@ class ClassStatistics:
         labels = labels.to(shift.device)
         if ((labels < 0) | (labels >= self.num_classes)).any() or not features.isfinite().all():
             raise ValueError("waiting rows hold a label or a number that no samples can leave")
-        if not shift[labels].isfinite().all():
+        about = shift[labels]
+        if not about.isfinite().all():
             raise ValueError("a class that has samples has no shift")
-        waiting = WaitingRows(features.to(shift.device))
-        waiting.filled.fill_(rows)
-        for kept, given in zip(waiting.rows(), (features, labels), strict=True):
-            kept.copy_(given)
+        features = features.detach().to(shift.device)
+        if not ((features - about).square().sum(1) <= _MOST_SQUARE[shift.dtype]).all():
+            raise ValueError("waiting rows are so far from their shift that their squares overflow")
+        waiting = WaitingRows(features)
+        waiting.extend(features, labels)
         return waiting
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -693,9 +694,9 @@ class ClassStatistics:
         """Move the state to `device`, in place; returns self."""
         self._add_waiting()
         self._waiting = None
-        for name in _OWN_TENSORS:
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else value.to(device))
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
         return self
 
     def __repr__(self) -> str:
@@ -721,10 +722,13 @@ def _add_waiting_op(
     scatter: torch.Tensor | None,
     precision: str,
 ) -> None:
-    waiting = WaitingRows.of(features, labels, filled)
-    if waiting:
+    rows = int(filled)
+    if rows:
         state = ClassScatter(counts, sums, sumsq, scatter, None)
+        waiting = WaitingRows(features)
+        waiting.extend(features[:rows], labels[:rows])
         accumulate_waiting(state, waiting, shift, precision=precision)
+        filled.zero_()
 
 
 @_add_waiting_op.register_fake
@@ -770,7 +774,11 @@ def _(*_: Any) -> None:
 
 
 def _two_counts(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) and n >= 0 for n in value)
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
 
 
 def weighted_mean(rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

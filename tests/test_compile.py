@@ -131,6 +131,19 @@ def test_a_graph_adds_the_rows_that_wait():
     assert ours.num_samples == eager.num_samples == 720
 
 
+def test_float64_in_a_graph_while_float32_rows_wait():
+    features, labels = oracle.clustered(5, 9, 200, 0.5)
+    stats = ncfast.ClassStatistics(5, 9)
+    for h, y in zip(features[:150].split(30), labels[:150].split(30), strict=True):
+        stats.update(h, y)
+    assert stats.state_dict()["waiting_features"] is not None
+    torch.compile(update_like, fullgraph=True, backend="aot_eager")(
+        stats, features[150:].double(), labels[150:]
+    )
+    truth = oracle.two_pass(features, labels, 5)
+    oracle.assert_relative(stats.trace_within, truth["trace_within"], oracle.STREAM_BOUND)
+
+
 def test_update_that_raises_in_a_graph_leaves_the_state():
     stats = ncfast.ClassStatistics(2, 3).update(torch.randn(6, 3), torch.arange(6) % 2)
     before = stats.state_dict()

@@ -648,6 +648,31 @@ def test_a_signal_while_waiting_rows_are_added(monkeypatch):
     assert_same_statistics(stats, truth, 1e-6)
 
 
+def test_waiting_rows_are_added_by_who_admitted_them():
+    """Whatever backend is forced meanwhile: reading a number runs nowhere else, and cannot fail."""
+    features, labels = oracle.clustered(7, 33, 200, 0.3)
+    stats = ncfast.ClassStatistics(7, 33)
+    for _ in range(5):
+        stats.update(features, labels)
+    assert waiting(stats) > 0
+    with ncfast.use_backend("cuda"):
+        assert stats.num_samples == 1000
+
+
+def test_rows_that_wait_since_inference_mode():
+    features, labels = oracle.clustered(7, 33, 200, 0.3)
+    with torch.inference_mode():
+        stats = ncfast.ClassStatistics(7, 33)
+        for _ in range(5):
+            stats.update(features, labels)
+    state = stats.state_dict()
+    with ncfast.use_backend("reference"):  # which adds with PyTorch's operators
+        stats.load_state_dict(state)
+        assert stats.num_samples == 1000
+    assert len(state["waiting_features"]) > 0
+    assert len(pickle.dumps(stats)) < len(pickle.dumps(state))  # nothing of the buffer but the rows that wait
+
+
 def test_replacing_a_sum_leaves_no_rows_behind():
     features, labels = oracle.clustered(7, 33, 200, 0.3)
     stats, empty = (ncfast.ClassStatistics(7, 33) for _ in range(2))
@@ -687,6 +712,8 @@ def test_rows_that_cannot_be_waiting_are_refused():
         ({"waiting_labels": labels + 7}, "no samples can leave"),
         ({"waiting_labels": labels - 7}, "no samples can leave"),
         ({"waiting_features": nan}, "no samples can leave"),
+        ({"waiting_features": features * 1e37}, "squares overflow"),
+        ({"waiting_features": features.to_sparse()}, "two tensors or None"),
         ({"shift": unseen, "counts": torch.zeros_like(state["counts"])}, "has no shift"),
         ({"recentring": [1]}, "recentring must be two counts"),
         ({"recentring": [1, -1]}, "recentring must be two counts"),

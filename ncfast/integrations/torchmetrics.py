@@ -113,7 +113,7 @@ class NeuralCollapse(Metric):
                 # Never reduced on its own, but by `_sync_dist` and `_reduce_states` together.
                 self.add_state(state, tensor, dist_reduce_fx=None)
         self._options = empty.to("meta")  # the states live in the metric
-        self._options._rows_may_wait = False  # and are all that is kept from one batch to the next
+        self._options._rows_may_wait = False
 
     def update(self, features: torch.Tensor, target: torch.Tensor) -> None:
         """Add features [..., p] and their labels [...]: see `ncfast.ClassStatistics.update`."""

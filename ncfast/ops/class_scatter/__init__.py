@@ -38,27 +38,29 @@ class WaitingRows:
 
     MOST = 1024
     """As many rows are added."""
-    BATCH = 256
+    MOST_OF_BATCH = 256
     """Rows of the largest batch that waits; what is larger gains less than copying it costs."""
 
     def __init__(self, like: torch.Tensor) -> None:
-        rows = self.MOST + self.BATCH  # always room for a batch, which may yet be refused
+        rows = self.MOST + self.MOST_OF_BATCH  # always room for a batch, which may yet be refused
         with torch.inference_mode(False):
             self.features = like.new_empty(rows, like.shape[1])
-            """[MOST + BATCH, p], the first `filled` of which wait."""
+            """[MOST + MOST_OF_BATCH, p], the first `filled` of which wait."""
             self.labels = like.new_empty(rows, dtype=torch.int64)
-            """[MOST + BATCH], each in [0, C)."""
+            """[MOST + MOST_OF_BATCH], each in [0, C)."""
             self.filled = like.new_zeros((), dtype=torch.int64)
             """[]: changed in the same call as the rows or the sums, which no signal can interrupt."""
+        self.add: Callable[..., None] | None = None
+        """`add_admitted` of the backend that admitted them."""
         self.lock = threading.RLock()
         """To be held by who adds rows to them or to the state: reading a state may do that in any thread."""
 
-    @classmethod
-    def of(cls, features: torch.Tensor, labels: torch.Tensor, filled: torch.Tensor) -> "WaitingRows":
-        """The rows in these tensors."""
-        waiting = cls.__new__(cls)
-        waiting.__setstate__({"features": features, "labels": labels, "filled": filled})
-        return waiting
+    def extend(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Append rows that have been checked."""
+        start, end = len(self), len(self) + len(features)
+        self.features[start:end] = features
+        self.labels[start:end] = labels
+        self.filled.fill_(end)
 
     def __len__(self) -> int:
         return int(self.filled)
@@ -67,11 +69,18 @@ class WaitingRows:
         """Those waiting: features [filled, p] and labels [filled]."""
         return self.features[: len(self)], self.labels[: len(self)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"}
+    def __reduce__(self) -> tuple[Any, ...]:
+        features, labels = self.rows()
+        return _waiting_rows, (features.clone(), labels.clone(), self.add)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
+
+def _waiting_rows(
+    features: torch.Tensor, labels: torch.Tensor, add: Callable[..., None] | None
+) -> WaitingRows:
+    waiting = WaitingRows(features)
+    waiting.extend(features, labels)
+    waiting.add = add
+    return waiting
 
 
 class RowError(ValueError):
@@ -228,7 +237,7 @@ def accumulate(
 
     What raises leaves `state` and `shift` bit for bit as they were, `state.radii` apart: it belongs to the
     batch and is overwritten. `state.scatter` need hold no more than the diagonal and what is above it;
-    returned is whether the batch was added below it, too. int64 or int32 labels, a contiguous `shift` of
+    returned is whether what is below is as right as it was. int64 or int32 labels, a contiguous `shift` of
     dtype `shift_dtype(features.dtype)`.
 
     Raises:
@@ -239,10 +248,11 @@ def accumulate(
     backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
     in_place = dispatch.beside(backend, "accumulate")
     admit = dispatch.beside(backend, "admit") if may_wait else None
-    # The first batch chooses most shifts: it goes where a bad choice can be mended.
+    # The first batch chooses most shifts: it goes where a bad choice can be mended. Rows only wait after it.
     later = bool(waiting) or bool(state.counts.any())
     if admit is not None and waiting is not None and later:
         with waiting.lock:
+            waiting.add = dispatch.beside(backend, "add_admitted")
             admit(waiting, features, labels, shift, ignore_index=ignore_index)
         return True
     if in_place is not None and later:
@@ -259,11 +269,13 @@ def accumulate_waiting(
     features, labels = waiting.rows()
     if shift.dtype == torch.float64:  # as it became meanwhile
         features = features.double()
+    if waiting.add is not None:
+        waiting.add(state, features, labels, shift, precision=precision, filled=waiting.filled)
+        return
     scatter = state.scatter is not None
     backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
-    add_admitted = dispatch.beside(backend, "add_admitted")
-    if add_admitted is not None:
-        add_admitted(state, features, labels, shift, precision=precision, filled=waiting.filled)
+    if add := dispatch.beside(backend, "add_admitted"):
+        add(state, features, labels, shift, precision=precision, filled=waiting.filled)
     else:
         accumulate_by_adding(backend, state, features, labels, shift, precision, -1, waiting)
         waiting.filled.zero_()

@@ -62,8 +62,10 @@ def accumulate(
     waiting: WaitingRows | None = None,
 ) -> bool:
     """Add a batch to `state` in place; see `ncfast.ops.class_scatter.accumulate`."""
-    if features.shape[0] > max(WaitingRows.BATCH, 2 * max(shift.shape)):
-        # Temporaries the size of the state now cost less than reading the features twice.
+    # With temporaries the size of the state features are read once, and bad shifts of new classes are mended.
+    # Batches that may wait are added in place, with the same bits whether they waited or not.
+    least = 2 * max(shift.shape)
+    if features.shape[0] > (least if state.radii is not None else max(least, WaitingRows.MOST_OF_BATCH)):
         accumulate_by_adding(class_scatter, state, features, labels, shift, precision, ignore_index, waiting)
         return True
     refusal = _run(state, features, labels, shift, precision, ignore_index, "update")
@@ -122,7 +124,7 @@ def _with_contiguous_rows(features: torch.Tensor) -> torch.Tensor:
 
 
 def _batch(features: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
-    """Where a batch lies, as the first arguments of `_cpu`'s functions; they outlive no tensor."""
+    """Where a batch lies, as the first arguments of `_cpu`'s functions: keep the tensors meanwhile."""
     return (
         features.data_ptr(),
         _NAMES[features.dtype],
