@@ -93,7 +93,13 @@ def stream_row(p, rounds, classes):
     ]
     read, ours = medians(runs, max(rounds, copies))
     rate = N * p * 4e-9
-    report(f"p={p} C={classes} scatter=False", ours, read, "torch.sum", f"  {rate / ours:.1f} of {rate / read:.1f} GB/s")
+    report(
+        f"p={p} C={classes} scatter=False",
+        ours,
+        read,
+        "torch.sum",
+        f"  {rate / ours:.1f} of {rate / read:.1f} GB/s",
+    )
 
 
 def update_row(rounds, p=512, classes=100, batch=128):
