@@ -318,13 +318,15 @@ def test_the_error_does_not_grow_with_the_samples(precision):
         assert ((a / 400 - b).abs() <= 1e-6 * b.abs().max()).all()
 
 
+@pytest.mark.parametrize("may_wait", [True, False])
 @pytest.mark.usefixtures("isa")
-def test_a_small_batch_is_added_as_a_whole_or_not_at_all():
+def test_a_small_batch_is_added_as_a_whole_or_not_at_all(may_wait):
     """A bad last row must not leave a trace, neither in the sums nor in the shifts chosen."""
     features, labels, _ = sample(60, 33, 5)
     labels[-1] = 1
     with ncfast.use_backend("cpu"):
         stats = ncfast.ClassStatistics(5, 33).update(features[labels != 1], labels[labels != 1])
+        stats._rows_may_wait = may_wait
         state = {name: value for name, value in vars(stats).items() if isinstance(value, torch.Tensor)}
         before = {name: value.clone() for name, value in state.items()}
         for bad in (torch.nan, torch.inf, 1e30):
@@ -336,6 +338,7 @@ def test_a_small_batch_is_added_as_a_whole_or_not_at_all():
             stats.update(features, torch.cat([labels[:-1], torch.tensor([5])]))
         for name, value in before.items():
             assert vars(stats)[name].numpy().tobytes() == value.numpy().tobytes(), name
+        assert stats.state_dict()["waiting_features"] is None
         stats.update(features, labels)
     assert int(stats.counts[1]) == int((labels == 1).sum())
 

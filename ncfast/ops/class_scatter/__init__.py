@@ -51,7 +51,7 @@ class WaitingRows:
             self.filled = like.new_zeros((), dtype=torch.int64)
             """[]: changed in the same call as the rows or the sums, which no signal can interrupt."""
         self.add: Callable[..., None] | None = None
-        """`add_admitted` of the backend that admitted them."""
+        """`add_admitted` of the backend that admitted them; None where that was elsewhere."""
         self.lock = threading.RLock()
         """To be held by who adds rows to them or to the state: reading a state may do that in any thread."""
 
@@ -71,15 +71,12 @@ class WaitingRows:
 
     def __reduce__(self) -> tuple[Any, ...]:
         features, labels = self.rows()
-        return _waiting_rows, (features.clone(), labels.clone(), self.add)
+        return _waiting_rows, (features.clone(), labels.clone())
 
 
-def _waiting_rows(
-    features: torch.Tensor, labels: torch.Tensor, add: Callable[..., None] | None
-) -> WaitingRows:
+def _waiting_rows(features: torch.Tensor, labels: torch.Tensor) -> WaitingRows:
     waiting = WaitingRows(features)
     waiting.extend(features, labels)
-    waiting.add = add
     return waiting
 
 
@@ -246,20 +243,18 @@ def accumulate(
     """
     scatter = state.scatter is not None
     backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
-    in_place = dispatch.beside(backend, "accumulate")
-    admit = dispatch.beside(backend, "admit") if may_wait else None
+    in_place, admit = dispatch.beside(backend, "accumulate"), dispatch.beside(backend, "admit")
     # The first batch chooses most shifts: it goes where a bad choice can be mended. Rows only wait after it.
-    later = bool(waiting) or bool(state.counts.any())
-    if admit is not None and waiting is not None and later:
+    if in_place is None or not (waiting or state.counts.any()):
+        accumulate_by_adding(backend, state, features, labels, shift, precision, ignore_index, waiting)
+        return True
+    if may_wait and waiting is not None and admit is not None:
         with waiting.lock:
             waiting.add = dispatch.beside(backend, "add_admitted")
             admit(waiting, features, labels, shift, ignore_index=ignore_index)
         return True
-    if in_place is not None and later:
-        options = {"precision": precision, "ignore_index": ignore_index, "waiting": waiting}
-        return cast(bool, in_place(state, features, labels, shift, **options))
-    accumulate_by_adding(backend, state, features, labels, shift, precision, ignore_index, waiting)
-    return True
+    options = {"precision": precision, "ignore_index": ignore_index, "waiting": waiting}
+    return cast(bool, in_place(state, features, labels, shift, **options))
 
 
 def accumulate_waiting(
