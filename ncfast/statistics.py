@@ -28,7 +28,6 @@ from ncfast.ops.class_scatter import (
 )
 
 _FORMAT = 2  # of state_dict(): raise it when the meaning of an entry changes
-_OWN_TENSORS = ("_counts", "_shift", "_sums", "_sumsq", "_scatter", "_skipped", "_refused")
 # Of a row about its shift: a sum of 2²⁰ of twice that stays finite, and no kernel takes it for an overflow.
 _MOST_SQUARE = {dtype: torch.finfo(dtype).max * 2.0**-21 for dtype in (torch.float32, torch.float64)}
 _MAGIC = b"ncfast ClassStatistics\n"  # begins a file of `save`; the SHA-256 of the rest follows
@@ -376,9 +375,8 @@ class ClassStatistics:
     def _thaw(self) -> None:
         """Replace what was made in inference mode: it cannot be written to outside of it."""
         if not torch.is_inference_mode_enabled():
-            for name in _OWN_TENSORS:
-                value = getattr(self, name)
-                if value is not None and value.is_inference():
+            for name, value in vars(self).items():
+                if isinstance(value, torch.Tensor) and value.is_inference():
                     setattr(self, name, value.clone())
 
     def _about(self, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -648,9 +646,7 @@ class ClassStatistics:
         features = features.detach().to(shift.device)
         if not ((features - about).square().sum(1) <= _MOST_SQUARE[shift.dtype]).all():
             raise ValueError("waiting rows are so far from their shift that their squares overflow")
-        waiting = WaitingRows(features)
-        waiting.extend(features, labels)
-        return waiting
+        return WaitingRows.of(features, labels)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict()` to a file for `load`; a process killed meanwhile leaves the old file."""
@@ -725,8 +721,7 @@ def _add_waiting_op(
     rows = int(filled)
     if rows:
         state = ClassScatter(counts, sums, sumsq, scatter, None)
-        waiting = WaitingRows(features)
-        waiting.extend(features[:rows], labels[:rows])
+        waiting = WaitingRows.of(features[:rows], labels[:rows])
         accumulate_waiting(state, waiting, shift, precision=precision)
         filled.zero_()
 

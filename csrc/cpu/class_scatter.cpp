@@ -75,7 +75,7 @@ class Order {
     std::vector<int64_t> next(pieces * C);
     const auto for_pieces = [&](const auto& run) {
       parallel_for(threads, pieces, [&](int64_t piece, int) {
-        run(next.data() + piece * C, rows * piece / pieces, rows * (piece + 1) / pieces);
+        run(next.data() + piece * C, part(rows, piece, pieces), part(rows, piece + 1, pieces));
       });
     };
     for_pieces([&](int64_t* count, int64_t begin, int64_t end) {

@@ -55,12 +55,14 @@ class WaitingRows:
         self.lock = threading.RLock()
         """To be held by who adds rows to them or to the state: reading a state may do that in any thread."""
 
-    def extend(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Append rows that have been checked."""
-        start, end = len(self), len(self) + len(features)
-        self.features[start:end] = features
-        self.labels[start:end] = labels
-        self.filled.fill_(end)
+    @classmethod
+    def of(cls, features: torch.Tensor, labels: torch.Tensor) -> "WaitingRows":
+        """Let rows [R, p] wait, R < MOST, that have been checked."""
+        waiting, rows = cls(features), len(features)
+        waiting.features[:rows] = features
+        waiting.labels[:rows] = labels
+        waiting.filled.fill_(rows)
+        return waiting
 
     def __len__(self) -> int:
         return int(self.filled)
@@ -71,13 +73,7 @@ class WaitingRows:
 
     def __reduce__(self) -> tuple[Any, ...]:
         features, labels = self.rows()
-        return _waiting_rows, (features.clone(), labels.clone())
-
-
-def _waiting_rows(features: torch.Tensor, labels: torch.Tensor) -> WaitingRows:
-    waiting = WaitingRows(features)
-    waiting.extend(features, labels)
-    return waiting
+        return WaitingRows.of, (features.clone(), labels.clone())
 
 
 class RowError(ValueError):
@@ -264,12 +260,11 @@ def accumulate_waiting(
     features, labels = waiting.rows()
     if shift.dtype == torch.float64:  # as it became meanwhile
         features = features.double()
-    if waiting.add is not None:
-        waiting.add(state, features, labels, shift, precision=precision, filled=waiting.filled)
-        return
-    scatter = state.scatter is not None
-    backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
-    if add := dispatch.beside(backend, "add_admitted"):
+    add, scatter = waiting.add, state.scatter is not None
+    if add is None:
+        backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
+        add = dispatch.beside(backend, "add_admitted")
+    if add is not None:
         add(state, features, labels, shift, precision=precision, filled=waiting.filled)
     else:
         accumulate_by_adding(backend, state, features, labels, shift, precision, -1, waiting)
