@@ -75,13 +75,14 @@ const std::map<ncfast::Refusal, std::string> kRefusals = {{ncfast::Refusal::none
                                                           {ncfast::Refusal::nonfinite, "nonfinite"}};
 
 enum class Mode {
-  whole,     // the whole scatter, interruptible
-  update,    // class_scatter_update: the upper triangle, and what it refuses is returned
+  whole,     // results anew, with the whole scatter, interruptible
+  update,    // class_scatter_update: added, the upper triangle of the scatter
   admitted,  // the same for rows that class_scatter_admit has taken
 };
 const std::map<std::string, Mode> kModes = {
     {"whole", Mode::whole}, {"update", Mode::update}, {"admitted", Mode::admitted}};
 
+// Returns what is refused, or "" for nothing.
 std::string class_scatter(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
                           Address labels, int label_size, int64_t label_bytes, int64_t ignore_index,
                           Address shift, int64_t C, const std::string& precision, Address counts,
@@ -105,13 +106,13 @@ std::string class_scatter(Address features, const std::string& dtype, int64_t N,
                                      at<double>(sumsq),
                                      at<double>(scatter),
                                      at<void>(radii),
+                                     mode == Mode::whole,
                                      mode == Mode::whole};
   const ncfast::Isa isa = selected("class_scatter");
   py::gil_scoped_release release;
   switch (mode) {
     case Mode::whole:
-      ncfast::class_scatter(call, isa, threads, Interruptible());
-      break;
+      return kRefusals.at(ncfast::class_scatter(call, isa, threads, Interruptible()));
     case Mode::admitted:
       ncfast::class_scatter(call, isa, threads, [] {});
       *at<int64_t>(filled) = 0;  // none waits any longer, even if a signal is handled when this returns

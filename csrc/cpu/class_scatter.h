@@ -9,9 +9,6 @@
 //         group   up to 32 rows, one call of a body
 //     tile      one task of the multiply stage: a square of the upper triangle of the scatter
 //
-// Without the scatter, rows are read in the order in which they lie where a class's share of them is worth
-// sums of its own: pieces of the rows, each a task that adds every row to its class's sums in the cache.
-//
 // Where the whole scatter is no more than a tile the two stages are one: each task packs a strip into a panel
 // of its own, a few rows at a time, multiplies those while they are in the cache, and adds its tile to the
 // scatter when it is its turn.
@@ -43,25 +40,28 @@ struct ClassScatter {
   const void* shift;     // [C, p] contiguous; float64 when the features are, else float32
   Precision precision;
 
-  // The results are added to what these hold. Below its diagonal the scatter is without meaning unless
-  // `symmetric`.
+  // The results are added to what these hold unless `fresh`. Below its diagonal the scatter is without
+  // meaning unless `symmetric`.
   int64_t* counts;  // [C]
   double* sums;     // [C, p] sum of h - k_y
   double* sumsq;    // [C] sum of |h - k_y|^2; infinite or NaN when a residual is, or when squares overflow
   double* scatter;  // [p, p] or null
   void* radii;  // [N] |h - k_y|, NaN for a row left out; float64 when the features are, else float32; or null
   bool symmetric;
+  bool fresh;  // what these hold has no meaning yet
 };
-
-// `poll` is called now and then on the calling thread and may throw, which leaves the outputs half written.
-void class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll);
 
 enum class Refusal { none, label, nonfinite };
 
+// Refuses, with the outputs half written, a label outside [0, C) that is not ignore_index, and a sumsq that
+// is not finite. `poll` is called now and then on the calling thread and may throw, which leaves them so,
+// too.
+Refusal class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll);
+
 // class_scatter for a small batch that must be added as a whole or not at all. Classes whose shift begins
 // with a NaN get their first feature as shift. Refuses, with every output and the shift bit for bit as they
-// were, a label outside [0, C) that is not ignore_index, and residuals that are not finite or whose squares
-// overflow. Reads the features twice: they should fit the cache.
+// were, such a label, and residuals that are not finite or whose squares overflow. Reads the features twice:
+// they should fit the cache.
 Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int threads);
 
 // Where rows wait that will be added by one class_scatter later.
@@ -77,14 +77,12 @@ struct WaitingRows {
 Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, const WaitingRows& waiting);
 
 constexpr int kGroup = 32;
-constexpr int kStreamed = 8;  // rows of one class that ScatterBody::stream reads side by side
 
 // Rows of a block in class order, and where their residuals go.
 struct Group {
   int rows;
   const char* features[kGroup];
-  const char*
-      next[kGroup];  // rows worth prefetching meanwhile: those a group or, if they are long, less ahead
+  const char* next[kGroup];  // rows worth prefetching meanwhile
   const char* shift[kGroup];
   double* sums[kGroup];
   bool last[kGroup];  // whether the row is the last one with its sums
@@ -110,14 +108,15 @@ struct ScatterBody {
   int64_t fused_columns;            // up to so many, padded, the two stages are one
   int64_t fused_rows;               // multiple of kGroup: those multiplied at a time
 
-  // For rows in the order in which they lie. sums [p], float64 for float64 features, else float32, += the
-  // residual; returns its square in that precision. Asks for `next`, a row that comes later.
-  double (*add_row)(const char* features, const char* next, const char* shift, void* sums, int64_t p);
+  // Without the scatter: sums [p], float64 for float64 features, else float32, += the residuals of `count`
+  // rows of one class, one after the other; squares[i] = |residual i|^2 in that precision. Asks for the rows
+  // `next`, which come later.
+  void (*add_rows)(const char* const* features, const char* const* next, int count, const char* shift,
+                   void* sums, int64_t p, void* squares);
   // totals [p] += sums, and sums = 0.
   void (*move_row)(void* sums, double* totals, int64_t p);
-  // sums += residuals, squares[i] = |residual i|^2. The group starts at row `row` of the block.
-  void (*stream)(const Group&, int64_t p, void* squares);
-  // The same, and column_squares[p] += squares of the residuals, and the residuals go into the panel.
+  // Sums and squares of the rows of a group, column_squares[p] += the squares of their residuals, and the
+  // residuals go into the panel, from row `row` of the block on.
   void (*pack)(const Group&, int64_t row, const Panel&, double* column_squares, void* squares);
   // scatter [p, p] += the products of panel columns [I, I + tile) and [J, J + tile), I <= J. May write
   // below the diagonal within the tile.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/class_scatter.h"
+#include "cpu/intrinsics.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -13,6 +14,11 @@ namespace ncfast {
 namespace {
 
 #include "cpu/class_scatter_vector.h"
+
+template <>
+Vec<float, 8> widen<8>(const Vec<uint16_t, 8>& half, Float16) {
+  return same_bits<Vec<float, 8>>(_mm256_cvtph_ps(same_bits<__m128i>(half)));
+}
 
 }  // namespace
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/class_scatter.h"
+#include "cpu/intrinsics.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
@@ -13,6 +14,11 @@ namespace ncfast {
 namespace {
 
 #include "cpu/class_scatter_vector.h"
+
+template <>
+Vec<float, 16> widen<16>(const Vec<uint16_t, 16>& half, Float16) {
+  return same_bits<Vec<float, 16>>(_mm512_cvtph_ps(same_bits<__m256i>(half)));
+}
 
 }  // namespace
 

@@ -95,8 +95,8 @@ template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   const ScatterBody& vectors = *scatter_body_avx512(dtype);
   static const ScatterBody table = {
-      kSide,          kBlockRows,    0,        element, tile,   0, 0, vectors.add_row, vectors.move_row,
-      vectors.stream, pack<Feature>, multiply, nullptr, nullptr};
+      kSide,         kBlockRows, 0,       element, tile, 0, 0, vectors.add_rows, vectors.move_row,
+      pack<Feature>, multiply,   nullptr, nullptr};
   return &table;
 }
 

@@ -12,16 +12,22 @@ struct Float16 {};
 template <class Real, int W>
 using Vec [[gnu::vector_size(W * sizeof(Real))]] = Real;
 
-template <int W>
-Vec<float, W> widen(const Vec<uint16_t, W>& half, BFloat16) {
-  const auto bits = __builtin_convertvector(half, Vec<uint32_t, W>) << 16;
-  Vec<float, W> value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+template <class To, class From>
+To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
 }
 
-// Exponents are moved by 127 - 15; those of infinities and NaNs once more. A denormal half is an integer
-// multiple of 2^-24: it gets the exponent of 2^-14 and loses the implicit one by a subtraction.
+template <int W>
+Vec<float, W> widen(const Vec<uint16_t, W>& half, BFloat16) {
+  return same_bits<Vec<float, W>>(__builtin_convertvector(half, Vec<uint32_t, W>) << 16);
+}
+
+// Where the processor has no instruction for it, or nobody says which. Exponents are moved by 127 - 15; those
+// of infinities and NaNs once more. A denormal half is an integer multiple of 2^-24: it gets the exponent of
+// 2^-14 and loses the implicit one by a subtraction.
 template <int W>
 Vec<float, W> widen(const Vec<uint16_t, W>& half, Float16) {
   using Bits = Vec<uint32_t, W>;
@@ -31,17 +37,9 @@ Vec<float, W> widen(const Vec<uint16_t, W>& half, Float16) {
   magnitude += Bits(exponent == 0x7c00) & (Bits{} + (112u << 23));
   const Bits denormal = Bits(exponent == 0);
   magnitude += denormal & (Bits{} + (1u << 23));
-  Vec<float, W> value;
-  std::memcpy(&value, &magnitude, sizeof value);
-  const Bits correction_bits = denormal & (Bits{} + (113u << 23));
-  Vec<float, W> correction;
-  std::memcpy(&correction, &correction_bits, sizeof correction);
-  value -= correction;
-  Bits result;
-  std::memcpy(&result, &value, sizeof result);
-  result |= sign;
-  std::memcpy(&value, &result, sizeof value);
-  return value;
+  const Bits correction = denormal & (Bits{} + (113u << 23));
+  const auto value = same_bits<Vec<float, W>>(magnitude) - same_bits<Vec<float, W>>(correction);
+  return same_bits<Vec<float, W>>(same_bits<Bits>(value) | sign);
 }
 
 // Element type in memory and how to load it.
@@ -114,69 +112,54 @@ struct VectorBody {
     if (j < p) run(j, static_cast<int>(p - j));
   }
 
-  // R rows of one class at a time, so that the class's shift and sums are loaded once for all of them.
+  // R rows of one class at a time, so that the class's shift and sums are loaded once for all of them. The
+  // bits do not depend on R.
   template <int R>
-  static void stream_rows(const Group& group, int first, int64_t p, Real* squares) {
-    const char *row[R], *next[R];
+  static void add_side_by_side(const char* const* features, const char* const* next, const char* shift,
+                               char* sums, int64_t p, Real* squares) {
+    constexpr int64_t kSize = sizeof(typename Stored<Feature>::type);
+    const char *row[R], *later[R];
     for (int r = 0; r < R; r++) {
-      row[r] = group.features[first + r];
-      next[r] = group.next[first + r];
+      row[r] = features[r];
+      later[r] = next[r];
     }
-    const char* shift = group.shift[first];
-    double* sums = group.sums[first];
-    V square[R] = {};
-    for_pieces(p, [&](int64_t j, int count) [[gnu::always_inline]] {
+    const auto add = [&](int64_t j, int count, V* square) [[gnu::always_inline]] {
       const V k = load<Real, Real, W>(shift, j, count);
-      V total = {};
+      V total = load<Real, Real, W>(sums, j, count);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const V d = load<Feature, Real, W>(row[r], j, count) - k;
-        // Into the second level: as many lines into the first wait for each other longer.
-        __builtin_prefetch(next[r] + j * sizeof(typename Stored<Feature>::type), 0, 2);
         total += d;
         square[r] += d * d;
       }
-      add_to<Real, W>(sums + j, total, count);
-    });
-    for (int r = 0; r < R; r++) squares[first + r] = sum<Real, W>(square[r]);
-  }
-
-  static void stream(const Group& group, int64_t p, void* squares) {
-    Real* out = static_cast<Real*>(squares);
-    for (int first = 0; first < group.rows;) {
-      int end = first;
-      while (!group.last[end]) end++;
-      for (; first + kStreamed <= end + 1; first += kStreamed) stream_rows<kStreamed>(group, first, p, out);
-      for (; first + 4 <= end + 1; first += 4) stream_rows<4>(group, first, p, out);
-      for (; first <= end; first++) stream_rows<1>(group, first, p, out);
-    }
-  }
-
-  static double add_row(const char* row, const char* next, const char* shift, void* sums, int64_t p) {
-    constexpr int kAtOnce = 4;  // additions to a square that do not wait for each other
-    constexpr size_t kSize = sizeof(typename Stored<Feature>::type), kLine = 64;
-    char* to = static_cast<char*>(sums);
-    V square[kAtOnce] = {};
-    const auto add = [&](int64_t j, int count, V& square) [[gnu::always_inline]] {
-      const V d = load<Feature, Real, W>(row, j, count) - load<Real, Real, W>(shift, j, count);
-      const V total = load<Real, Real, W>(to, j, count) + d;
-      if (count == W) {
-        std::memcpy(to + j * sizeof(Real), &total, sizeof total);
-      } else {
-        std::memcpy(to + j * sizeof(Real), &total, count * sizeof(Real));
-      }
-      square += d * d;
+      std::memcpy(sums + j * sizeof(Real), &total, count == W ? sizeof total : count * sizeof(Real));
     };
+    // Two sums each, so that additions wait less for each other.
+    V even[R] = {}, odd[R] = {};
     int64_t j = 0;
-    for (; j + kAtOnce * W <= p; j += kAtOnce * W) {
-      for (size_t byte = 0; byte < kAtOnce * W * kSize; byte += kLine)
-        __builtin_prefetch(next + j * kSize + byte, 0, 2);
-#pragma GCC unroll 4
-      for (int k = 0; k < kAtOnce; k++) add(j + k * W, W, square[k]);
+    for (; j + 2 * W <= p; j += 2 * W) {
+      // Into the second level: as many lines into the first wait for each other longer.
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        for (int64_t byte = 0; byte < 2 * W * kSize; byte += 64)
+          __builtin_prefetch(later[r] + j * kSize + byte, 0, 2);
+      }
+      add(j, W, even);
+      add(j + W, W, odd);
     }
-    for (; j + W <= p; j += W) add(j, W, square[0]);
-    if (j < p) add(j, static_cast<int>(p - j), square[0]);
-    return sum<Real, W>((square[0] + square[1]) + (square[2] + square[3]));
+    if (j + W <= p) add(j, W, even), j += W;
+    if (j < p) add(j, static_cast<int>(p - j), odd);
+    for (int r = 0; r < R; r++) squares[r] = sum<Real, W>(even[r] + odd[r]);
+  }
+
+  static void add_rows(const char* const* features, const char* const* next, int count, const char* shift,
+                       void* sums, int64_t p, void* squares) {
+    char* to = static_cast<char*>(sums);
+    Real* out = static_cast<Real*>(squares);
+    int i = 0;
+    for (; i + 8 <= count; i += 8) add_side_by_side<8>(features + i, next + i, shift, to, p, out + i);
+    for (; i + 4 <= count; i += 4) add_side_by_side<4>(features + i, next + i, shift, to, p, out + i);
+    for (; i < count; i++) add_side_by_side<1>(features + i, next + i, shift, to, p, out + i);
   }
 
   static void move_row(void* sums, double* totals, int64_t p) {
@@ -274,9 +257,9 @@ struct VectorBody {
 
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t block_rows) {
-    static const ScatterBody table = {
-        W,       block_rows, 0,      element, tile<Tile>,           0,       0,
-        add_row, move_row,   stream, pack,    multiply<A, B, Tile>, nullptr, nullptr};
+    static const ScatterBody table = {W,      block_rows, 0,        element, tile<Tile>,           0,
+                                      0,      add_rows,   move_row, pack,    multiply<A, B, Tile>, nullptr,
+                                      nullptr};
     return &table;
   }
 };

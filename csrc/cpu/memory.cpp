@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <new>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -19,6 +20,22 @@ void* allocate_bytes(size_t bytes) {
   if (huge) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
   return memory;
+}
+
+namespace {
+
+thread_local Memory<char> kept;
+
+}  // namespace
+
+Memory<char> allocate_or_kept(size_t bytes) {
+  return kept && kept.get_deleter().bytes >= bytes ? std::move(kept) : allocate<char>(bytes);
+}
+
+void keep(Memory<char> memory) {
+  constexpr size_t kMost = 16 << 20;
+  const size_t bytes = memory.get_deleter().bytes;
+  if (bytes <= kMost && (!kept || kept.get_deleter().bytes < bytes)) kept = std::move(memory);
 }
 
 }  // namespace ncfast

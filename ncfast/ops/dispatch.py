@@ -66,9 +66,9 @@ def select(
     return getattr(_module(operation, backend), function or operation)
 
 
-def beside(run: Callable[..., Any], function: str) -> Callable[..., Any] | None:
-    """Return another function of the backend of `run`, a result of `select`, or None if it has no such."""
-    return getattr(sys.modules[run.__module__], function, None)
+def beside(run: Callable[..., Any], name: str) -> Any:
+    """Return what the backend of `run`, a result of `select`, has as `name`, or None if it has no such."""
+    return getattr(sys.modules[run.__module__], name, None)
 
 
 def pick(operation: str, features: torch.Tensor, **options: Any) -> str:
@@ -144,10 +144,10 @@ def refusal(operation: str, backend: str, features: torch.Tensor, **options: Any
 def _refusal(
     operation: str, backend: str, features: torch.Tensor, forced: str | None, options: dict[str, Any]
 ) -> str | None:
-    if not _exists(operation, backend):
-        return f"{operation} has no {backend} implementation"
     if backend in GPU_BACKENDS and forced != backend and features.device.type == "cpu":
         return "takes CPU tensors only when forced, for tests"
+    if not _exists(operation, backend):
+        return f"{operation} has no {backend} implementation"
     reason = unavailable(backend) or _module(operation, backend).refuses(features)
     lacks = None if reason else getattr(_module(operation, backend), "lacks", None)
     return lacks(features, **options) if lacks else reason

@@ -148,9 +148,10 @@ def class_scatter(
         raise ValueError(f"shift is on {shift.device} but features are on {features.device}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if features.device.type == "cpu":
-        check_label_range(labels, shift.shape[0], ignore_index)
     run = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
+    unchecked = _leaves_inputs_unchecked(run, features)
+    if unchecked:
+        check_label_range(labels, shift.shape[0], ignore_index)
     result: ClassScatter = run(
         as_stored(features),
         labels,
@@ -160,9 +161,13 @@ def class_scatter(
         precision=precision,
         ignore_index=ignore_index,
     )
-    if features.device.type == "cpu" and not result.sumsq.isfinite().all():
+    if unchecked and not result.sumsq.isfinite().all():
         raise_for_nonfinite(features, labels, ignore_index)
     return result
+
+
+def _leaves_inputs_unchecked(run: Callable[..., ClassScatter], features: torch.Tensor) -> bool:
+    return features.device.type == "cpu" and not dispatch.beside(run, "CHECKS_INPUTS")
 
 
 # What torch.compile sees: one node, which it neither looks into nor breaks its graph at. What was not asked
@@ -296,7 +301,7 @@ def accumulate_by_adding(
     classes, overwritten = _choose_shift(shift, features, labels, ignore_index)
     try:
         batch = sums_about(shift)
-        if features.device.type == "cpu" and not batch.sumsq.isfinite().all():
+        if _leaves_inputs_unchecked(run, features) and not batch.sumsq.isfinite().all():
             raise_for_nonfinite(features, labels, ignore_index)
         if features.device.type == "cpu" and len(classes):
             far = far_shifts(batch.counts, batch.sums, batch.sumsq) & (state.counts == 0)

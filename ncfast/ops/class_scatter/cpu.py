@@ -1,5 +1,6 @@
 """class_scatter in C++ (csrc/cpu/class_scatter.h): the features are read once, rows of a class together."""
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from ncfast.ops.class_scatter import (
     raise_for_nonfinite,
     shift_dtype,
 )
+
+CHECKS_INPUTS = True
+"""`class_scatter` itself raises for labels out of range and for numbers that are not finite."""
 
 _NAMES = {
     torch.float32: "float32",
@@ -36,18 +40,22 @@ def class_scatter(
     precision: str = "high",
     ignore_index: int = -100,
 ) -> ClassScatter:
-    """Compute `ncfast.ops.class_scatter` on the fastest instruction set here, or NCFAST_CPU_ISA."""
+    """Compute `ncfast.ops.class_scatter` on the fastest instruction set here, or NCFAST_CPU_ISA.
+
+    Raises for what the inputs hold, as `ncfast.ops.class_scatter` says.
+    """
     N, p = features.shape
     C = shift.shape[0]
-    zeros = features.new_zeros(C, dtype=torch.float64)  # where the features are, not on the default device
+    real = functools.partial(features.new_empty, dtype=torch.float64)  # where the features are
     result = ClassScatter(
-        counts=torch.zeros_like(zeros, dtype=torch.int64),
-        sums=zeros.new_zeros(C, p),
-        sumsq=zeros,
-        scatter=zeros.new_zeros(p, p) if scatter else None,
+        counts=features.new_empty(C, dtype=torch.int64),
+        sums=real(C, p),
+        sumsq=real(C),
+        scatter=real(p, p) if scatter else None,
         radii=features.new_empty(N, dtype=shift_dtype(features.dtype)) if radii else None,
     )
-    _run(result, features, labels, shift, precision, ignore_index, "whole")
+    refusal = _run(result, features, labels, shift, precision, ignore_index, "whole")
+    _raise_for(refusal, features, labels, C, ignore_index)
     return result
 
 
@@ -115,6 +123,7 @@ def _raise_for(
 ) -> None:
     if refusal == "label":
         check_label_range(labels, num_classes, ignore_index)
+        raise ValueError("labels changed while they were read")
     if refusal == "nonfinite":
         raise_for_nonfinite(features, labels, ignore_index)
 

@@ -1,0 +1,126 @@
+// Rows and their labels, as both ways of class_scatter go through them: with the scatter (class_scatter.cpp)
+// and without (class_sums.cpp).
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cpu/class_scatter.h"
+#include "cpu/pool.h"
+
+namespace ncfast {
+
+constexpr int64_t kChunk = 1 << 20;  // rows sorted at once: bounds the memory that grows with N
+constexpr int64_t kPage = 4096;
+constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread costs more than it saves
+
+inline size_t element_bytes(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+inline const char* feature_row(const ClassScatter& call, int64_t i) {
+  return static_cast<const char*>(call.features) + i * call.row_bytes;
+}
+
+constexpr int64_t kLeftOut = -1, kOutside = -2;
+
+// The class of row i, kLeftOut, or kOutside for a label that is neither a class nor ignore_index. Labels are
+// read once: another thread may be writing them.
+inline int64_t class_at(const ClassScatter& call, int64_t i) {
+  const char* at = static_cast<const char*>(call.labels) + i * call.label_bytes;
+  int64_t label;
+  if (call.label_size == 4) {
+    int32_t narrow;
+    std::memcpy(&narrow, at, sizeof narrow);
+    label = narrow;
+  } else {
+    std::memcpy(&label, at, sizeof label);
+  }
+  if (label == call.ignore_index) return kLeftOut;
+  return label >= 0 && label < call.C ? label : kOutside;
+}
+
+// Where part i of `parts` equal parts of `count` begins.
+inline int64_t part(int64_t count, int64_t i, int64_t parts) {
+  return count / parts * i + std::min(i, count % parts);
+}
+
+// A sum of kChunk such squares stays finite, and with it the panel's products; a larger one counts as
+// infinite.
+template <class Real>
+double checked(Real square) {
+  constexpr Real kMost = std::numeric_limits<Real>::max() / kChunk;
+  return square <= kMost ? static_cast<double>(square)
+                         : square - square + std::numeric_limits<double>::infinity();
+}
+
+// The rows of one chunk that are in use, by class and within a class as they came.
+class Order {
+ public:
+  struct Row {
+    int32_t place, label;  // the place is that in the chunk
+  };
+
+  explicit Order(int64_t most) : given_(new int32_t[most]), sorted_(new Row[most]) {}
+
+  // Each thread counts a piece of the rows, and then writes them to places of its own: how many pieces there
+  // are does not show. Returns whether all labels were classes or ignore_index.
+  bool sort(const ClassScatter& call, int64_t first, int64_t rows, int threads) {
+    const int64_t C = call.C, pieces = std::clamp<int64_t>(rows / std::max(kLeastPiece, 4 * C), 1, threads);
+    std::vector<int64_t> next(pieces * C);
+    std::atomic<bool> inside{true};
+    const auto for_pieces = [&](const auto& run) {
+      parallel_for(threads, pieces, [&](int64_t piece, int) {
+        run(next.data() + piece * C, part(rows, piece, pieces), part(rows, piece + 1, pieces));
+      });
+    };
+    for_pieces([&](int64_t* count, int64_t begin, int64_t end) {
+      bool all = true;
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t y = class_at(call, first + i);
+        given_[i] = static_cast<int32_t>(y);
+        if (y >= 0) count[y]++;
+        all &= y != kOutside;
+      }
+      if (!all) inside = false;
+    });
+    used_ = 0;
+    for (int64_t c = 0; c < C; c++) {
+      for (int64_t piece = 0; piece < pieces; piece++) used_ += std::exchange(next[piece * C + c], used_);
+    }
+    for_pieces([&](int64_t* at, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int32_t y = given_[i];
+        if (y >= 0) sorted_[at[y]++] = {static_cast<int32_t>(i), y};
+      }
+    });
+    return inside;
+  }
+
+  int64_t used() const { return used_; }
+  const Row& operator[](int64_t sorted) const { return sorted_[sorted]; }
+  bool leaves_out(int64_t place) const { return given_[place] < 0; }
+  // The first row of class c or of one that comes after it.
+  int64_t begin_of(int64_t c) const {
+    return std::partition_point(&sorted_[0], &sorted_[used_], [c](const Row& row) { return row.label < c; }) -
+           &sorted_[0];
+  }
+
+ private:
+  static constexpr int64_t kLeastPiece = 1 << 14;  // rows
+  std::unique_ptr<int32_t[]> given_;  // the class of each row of the chunk, negative for those left out
+  std::unique_ptr<Row[]> sorted_;
+  int64_t used_ = 0;
+};
+
+// class_scatter without the scatter.
+Refusal class_sums(const ClassScatter& call, const ScatterBody& body, Isa isa, int threads,
+                   const std::function<void()>& poll);
+
+}  // namespace ncfast

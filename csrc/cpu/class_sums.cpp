@@ -1,0 +1,264 @@
+// class_scatter without the scatter: a pure read of the features, beside which everything else counts.
+//
+// Rows are cut into pieces. In a piece the rows of a class are added in the order in which they lie, 32 in
+// float32 and those sums in float64: the same bits whichever way the piece is gone through. That is as its
+// rows lie, which the processor's prefetchers follow, each added to the sums of its class that the thread
+// holds in the cache; or class by class, where sums would crowd the cache or threads lack a piece of their
+// own.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#include "cpu/class_rows.h"
+#include "cpu/memory.h"
+
+namespace ncfast {
+namespace {
+
+constexpr int64_t kMostGroups = 32;  // of classes; where rows are read class by class, a task each
+constexpr int64_t kHeld = 32;        // rows; no float32 sum is longer
+
+// Whether rows are best read as they lie: if they are short, and shifts and sums stay in the cache.
+bool suits_storage_order(const ClassScatter& call, Isa isa) {
+  constexpr int64_t kShortRow = 256, kLongestRow = 512;  // columns
+  // Bytes of shifts and sums, per byte of an element. With AMX they stay in half a second-level cache of 2
+  // MiB: the third level is slow there, and more was not measured.
+  constexpr int64_t kMost = 1 << 20, kMostOnAmx = 1 << 17, kMostOfLongRows = 1 << 16;
+  const int64_t element = element_bytes(call.dtype), real = std::max<int64_t>(element, sizeof(float));
+  const int64_t most = call.p > kShortRow ? kMostOfLongRows : isa == Isa::amx ? kMostOnAmx : kMost;
+  return call.p <= kLongestRow && 2 * real * call.C * call.p <= most * element;
+}
+
+// Small pieces keep the rows of a class near each other in memory, and threads busy; but each costs a visit
+// to the sums of every class.
+int64_t count_pieces(const ClassScatter& call, bool storage_order) {
+  constexpr int64_t kLeastBytes = 8 << 20, kFewRows = 64, kManyRows = 4096;
+  const int64_t row_bytes = call.p * element_bytes(call.dtype);
+  const int64_t least = std::clamp(kLeastBytes / row_bytes, kFewRows, kManyRows);
+  const int64_t C = std::min(call.C, kChunk / 128);
+  int64_t pieces = std::max<int64_t>(1, call.N / std::max(least, (storage_order ? 128 : 64) * C));
+  if (storage_order) pieces = std::max(pieces, std::min<int64_t>(4, call.N / std::max(least, 16 * C)));
+  // Few pieces are best shared out evenly, to 2, 4 or 8 threads.
+  while (pieces < 64 && (pieces & (pieces - 1))) pieces &= pieces - 1;
+  return pieces;
+}
+
+template <class Real>
+class SumsPass {
+ public:
+  SumsPass(const ClassScatter& call, const ScatterBody& body, int threads, const std::function<void()>& poll)
+      : call_(call), body_(body), threads_(call.N * call.p < kSerial ? 1 : threads), poll_(poll) {}
+
+  Refusal run(Isa isa) {
+    const bool storage_order = suits_storage_order(call_, isa);
+    pieces_ = count_pieces(call_, storage_order);
+    groups_ = std::clamp<int64_t>(call_.C, 1, kMostGroups);
+    for (auto& turn : turns_) turn = 0;
+    // No thread should wait for the others more than a fifth of the time, and a class have 16 rows of a
+    // piece.
+    const int64_t rounds = (pieces_ + threads_ - 1) / threads_;
+    if (storage_order && 4 * rounds * threads_ <= 5 * pieces_ && call_.N >= 16 * call_.C * pieces_) {
+      read_in_storage_order(isa);
+    } else {
+      read_by_class();
+    }
+    return outside_ ? Refusal::label : Refusal::none;
+  }
+
+ private:
+  // What a piece has of one class.
+  struct Share {
+    int64_t rows = 0;
+    double sumsq = 0.0;
+    Real* held;      // [p], the rows since the last multiple of kHeld; zeros without rows
+    double* totals;  // [p], those before; without meaning up to kHeld rows
+  };
+
+  int64_t first_row(int64_t piece) const { return part(call_.N, piece, pieces_); }
+  int64_t first_class(int64_t group) const { return part(call_.C, group, groups_); }
+  const char* shift(int64_t c) const {
+    return static_cast<const char*>(call_.shift) + c * call_.p * sizeof(Real);
+  }
+
+  void read_in_storage_order(Isa isa) {
+    const int64_t C = call_.C, p = call_.p;
+    // A line apart, as rows of a power of two would share few sets of the first-level cache.
+    const int64_t stride = p + 64 / sizeof(Real);
+    const size_t held_bytes = round_up(C * stride * sizeof(Real), kPage);
+    const size_t bytes = held_bytes + round_up(C * p * sizeof(double), kPage);
+    Memory<char> memory = allocate_or_kept(threads_ * bytes);
+    std::vector<std::vector<Share>> shares(threads_);
+    // Processors with AMX look far enough ahead by themselves.
+    const int64_t row = p * element_bytes(call_.dtype), ahead = isa == Isa::amx ? 0 : (8192 + row - 1) / row;
+    for_pieces([&](int64_t piece, int slot) {
+      std::vector<Share>& share = shares[slot];
+      if (share.empty()) {
+        char* at = memory.get() + slot * bytes;
+        std::fill_n(reinterpret_cast<Real*>(at), C * stride, Real(0));
+        share.resize(C);
+        for (int64_t c = 0; c < C; c++) {
+          share[c].held = reinterpret_cast<Real*>(at) + c * stride;
+          share[c].totals = reinterpret_cast<double*>(at + held_bytes) + c * p;
+        }
+      }
+      const int64_t end = first_row(piece + 1);
+      for (int64_t i = first_row(piece); i < end; i++) {
+        const int64_t c = class_at(call_, i);
+        if (c < 0) {
+          leave_out(i, c);
+          continue;
+        }
+        const char* features = feature_row(call_, i);
+        const char* next = feature_row(call_, std::min(i + ahead, end - 1));
+        add_rows(&features, &next, &i, 1, c, share[c]);
+      }
+      for (int64_t group = 0; group < groups_; group++) {
+        await_turn(piece, group);
+        for (int64_t c = first_class(group); c < first_class(group + 1); c++) add(piece, c, share[c]);
+        pass_on(piece, group);
+      }
+    });
+    keep(std::move(memory));
+  }
+
+  void read_by_class() {
+    const int64_t p = call_.p;
+    const size_t bytes = round_up(p * (sizeof(double) + sizeof(Real)), 64);
+    Memory<char> memory = allocate_or_kept(threads_ * bytes);
+    std::fill_n(memory.get(), threads_ * bytes, 0);
+    std::vector<Order> orders;
+    for_chunks([&](int64_t first, int64_t last) {
+      while (static_cast<int64_t>(orders.size()) < last - first) orders.emplace_back(call_.N / pieces_ + 1);
+      parallel_for(threads_, last - first, [&](int64_t i, int) { sort(orders[i], first + i); });
+      parallel_for(threads_, (last - first) * groups_, [&](int64_t task, int slot) {
+        const int64_t piece = first + task / groups_, group = task % groups_;
+        const Order& order = orders[piece - first];
+        Share share;
+        share.totals = reinterpret_cast<double*>(memory.get() + slot * bytes);
+        share.held = reinterpret_cast<Real*>(share.totals + p);
+        int64_t row = order.begin_of(first_class(group));
+        for (int64_t c = first_class(group); c < first_class(group + 1); c++) {
+          row = add_class(order, row, first_row(piece), c, share);
+          if (c == first_class(group)) await_turn(piece, group);
+          add(piece, c, share);
+        }
+        pass_on(piece, group);
+      });
+    });
+    keep(std::move(memory));
+  }
+
+  // The rows of class c, from `row` of the order on. Returns where the next class begins.
+  int64_t add_class(const Order& order, int64_t row, int64_t first, int64_t c, Share& share) {
+    constexpr int64_t kLongRow = 1024;  // columns; rows as long are not asked for so many rows ahead
+    const int64_t ahead = call_.p >= kLongRow ? 8 : 32, used = order.used();
+    while (row < used && order[row].label == c) {
+      const char *features[kHeld], *next[kHeld];
+      int64_t places[kHeld];
+      int count = 0;
+      for (; count < kHeld && row < used && order[row].label == c; count++, row++) {
+        places[count] = first + order[row].place;
+        features[count] = feature_row(call_, places[count]);
+        next[count] = feature_row(call_, first + order[std::min(row + ahead, used - 1)].place);
+      }
+      add_rows(features, next, places, count, c, share);
+    }
+    return row;
+  }
+
+  // run(first, last) for pieces of together about kChunk rows.
+  template <class Run>
+  void for_chunks(const Run& run) {
+    const int64_t together = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, call_.N / pieces_));
+    for (int64_t first = 0; first < pieces_; first += together) {
+      poll_();
+      run(first, std::min(pieces_, first + together));
+    }
+  }
+
+  // run(piece, slot), by all threads.
+  template <class Run>
+  void for_pieces(const Run& run) {
+    for_chunks([&](int64_t first, int64_t last) {
+      parallel_for(threads_, last - first, [&](int64_t i, int slot) { run(first + i, slot); });
+    });
+  }
+
+  void sort(Order& order, int64_t piece) {
+    const int64_t first = first_row(piece), rows = first_row(piece + 1) - first;
+    if (!order.sort(call_, first, rows, 1)) outside_ = true;
+    if (!call_.radii || order.used() == rows) return;
+    for (int64_t i = 0; i < rows; i++) {
+      if (order.leaves_out(i)) leave_out(first + i, kLeftOut);
+    }
+  }
+
+  void leave_out(int64_t i, int64_t reason) {
+    if (reason == kOutside) outside_ = true;
+    if (call_.radii) static_cast<Real*>(call_.radii)[i] = std::numeric_limits<Real>::quiet_NaN();
+  }
+
+  // Rows of class c at `places`, which do not go beyond its next multiple of kHeld.
+  void add_rows(const char* const* features, const char* const* next, const int64_t* places, int count,
+                int64_t c, Share& share) {
+    if (share.rows > 0 && share.rows % kHeld == 0) {
+      if (share.rows == kHeld) std::fill_n(share.totals, call_.p, 0.0);
+      body_.move_row(share.held, share.totals, call_.p);
+    }
+    share.rows += count;
+    Real squares[kHeld];
+    body_.add_rows(features, next, count, shift(c), share.held, call_.p, squares);
+    for (int r = 0; r < count; r++) {
+      share.sumsq += checked(squares[r]);
+      if (call_.radii) static_cast<Real*>(call_.radii)[places[r]] = std::sqrt(squares[r]);
+    }
+  }
+
+  // To the results; what is held becomes zero.
+  void add(int64_t piece, int64_t c, Share& share) {
+    const int64_t p = call_.p;
+    double* sums = call_.sums + c * p;
+    if (call_.fresh && piece == 0) {
+      call_.counts[c] = 0;
+      call_.sumsq[c] = 0.0;
+      std::fill_n(sums, p, 0.0);
+    }
+    if (share.rows == 0) return;
+    call_.counts[c] += share.rows;
+    call_.sumsq[c] += share.sumsq;
+    if (share.rows > kHeld) {
+      for (int64_t j = 0; j < p; j++) sums[j] += share.totals[j];
+    }
+    body_.move_row(share.held, sums, p);
+    share.rows = 0;
+    share.sumsq = 0.0;
+  }
+
+  // What pieces contribute to a group of classes is added in their order. Tasks are handed out in order, too,
+  // so whoever is waited for is at work.
+  void await_turn(int64_t piece, int64_t group) const {
+    while (turns_[group].load(std::memory_order_acquire) != piece) std::this_thread::yield();
+  }
+  void pass_on(int64_t piece, int64_t group) { turns_[group].store(piece + 1, std::memory_order_release); }
+
+  const ClassScatter& call_;
+  const ScatterBody& body_;
+  const int threads_;
+  const std::function<void()>& poll_;
+  int64_t pieces_ = 1, groups_ = 1;
+  std::atomic<int64_t> turns_[kMostGroups];  // the piece whose turn it is, for each group of classes
+  std::atomic<bool> outside_{false};         // whether a label was outside [0, C)
+};
+
+}  // namespace
+
+Refusal class_sums(const ClassScatter& call, const ScatterBody& body, Isa isa, int threads,
+                   const std::function<void()>& poll) {
+  return call.dtype == Dtype::float64 ? SumsPass<double>(call, body, threads, poll).run(isa)
+                                      : SumsPass<float>(call, body, threads, poll).run(isa);
+}
+
+}  // namespace ncfast
