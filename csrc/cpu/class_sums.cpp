@@ -40,7 +40,8 @@ int64_t count_pieces(const ClassScatter& call, bool storage_order) {
   const int64_t least = std::clamp(kLeastBytes / row_bytes, kFewRows, kManyRows);
   const int64_t C = std::min(call.C, kChunk / 128);
   int64_t pieces = std::max<int64_t>(1, call.N / std::max(least, (storage_order ? 128 : 64) * C));
-  if (storage_order) pieces = std::max(pieces, std::min<int64_t>(4, call.N / std::max(least, 16 * C)));
+  if (storage_order)
+    pieces = std::max(pieces, std::min<int64_t>(4, call.N / std::max<int64_t>(1024, 16 * C)));
   // Few pieces are best shared out evenly, to 2, 4 or 8 threads.
   while (pieces < 64 && (pieces & (pieces - 1))) pieces &= pieces - 1;
   return pieces;
