@@ -149,8 +149,8 @@ def class_scatter(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     run = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
-    unchecked = _leaves_inputs_unchecked(run, features)
-    if unchecked:
+    on_cpu = features.device.type == "cpu"
+    if on_cpu and not dispatch.beside(run, "CHECKS_LABELS"):
         check_label_range(labels, shift.shape[0], ignore_index)
     result: ClassScatter = run(
         as_stored(features),
@@ -161,13 +161,9 @@ def class_scatter(
         precision=precision,
         ignore_index=ignore_index,
     )
-    if unchecked and not result.sumsq.isfinite().all():
+    if on_cpu and not result.sumsq.isfinite().all():
         raise_for_nonfinite(features, labels, ignore_index)
     return result
-
-
-def _leaves_inputs_unchecked(run: Callable[..., ClassScatter], features: torch.Tensor) -> bool:
-    return features.device.type == "cpu" and not dispatch.beside(run, "CHECKS_INPUTS")
 
 
 # What torch.compile sees: one node, which it neither looks into nor breaks its graph at. What was not asked
@@ -301,7 +297,7 @@ def accumulate_by_adding(
     classes, overwritten = _choose_shift(shift, features, labels, ignore_index)
     try:
         batch = sums_about(shift)
-        if _leaves_inputs_unchecked(run, features) and not batch.sumsq.isfinite().all():
+        if features.device.type == "cpu" and not batch.sumsq.isfinite().all():
             raise_for_nonfinite(features, labels, ignore_index)
         if features.device.type == "cpu" and len(classes):
             far = far_shifts(batch.counts, batch.sums, batch.sumsq) & (state.counts == 0)

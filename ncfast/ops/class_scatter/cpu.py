@@ -14,8 +14,8 @@ from ncfast.ops.class_scatter import (
     shift_dtype,
 )
 
-CHECKS_INPUTS = True
-"""`class_scatter` itself raises for labels out of range and for numbers that are not finite."""
+CHECKS_LABELS = True
+"""`class_scatter` itself raises for labels out of range."""
 
 _NAMES = {
     torch.float32: "float32",
@@ -42,7 +42,7 @@ def class_scatter(
 ) -> ClassScatter:
     """Compute `ncfast.ops.class_scatter` on the fastest instruction set here, or NCFAST_CPU_ISA.
 
-    Raises for what the inputs hold, as `ncfast.ops.class_scatter` says.
+    Raises for a label outside [0, C), as `ncfast.ops.class_scatter` does.
     """
     N, p = features.shape
     C = shift.shape[0]
