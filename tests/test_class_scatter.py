@@ -246,6 +246,25 @@ def test_threads_do_not_change_a_bit(shape, precision):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("shape", [(30_000, 600, 70), (70_000, 20, 4)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_one_large_class_among_small_and_absent_ones(monkeypatch, shape):
+    """Tasks then have a few classes or hundreds of them, or none; the numbers are the reference's."""
+    features, labels, shift = sample(*shape)
+    generator = torch.Generator().manual_seed(2)
+    labels[(torch.rand(len(labels), generator=generator) < 0.8) & (labels >= 0)] = 1
+    labels[labels == 3] = -100
+    truth = on_reference(features, labels, shift, scatter=False, radii=True)
+    results = []
+    for threads in (1, 2, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(on_cpu(features, labels, shift, scatter=False, radii=True))
+        assert_close(results[-1], truth, features, labels, shift, "any", "high")
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+
+
 def test_forced_isa(monkeypatch):
     data = sample(10, 3, 2)
     monkeypatch.setenv("NCFAST_CPU_ISA", "mmx")

@@ -16,7 +16,8 @@
 
 namespace ncfast {
 
-constexpr int64_t kChunk = 1 << 20;  // rows sorted at once: bounds the memory that grows with N
+constexpr int64_t kChunk =
+    1 << 20;  // rows, about as many as are sorted at once: N does not decide the memory
 constexpr int64_t kPage = 4096;
 constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread costs more than it saves
 
@@ -60,6 +61,20 @@ double checked(Real square) {
                          : square - square + std::numeric_limits<double>::infinity();
 }
 
+// Zeros for results that are `fresh`.
+inline void clear(const ClassScatter& call, int threads) {
+  const auto fill = [&](double* numbers, int64_t count) {
+    const int64_t parts = count < kSerial ? 1 : threads;
+    parallel_for(threads, parts, [&](int64_t i, int) {
+      std::fill(numbers + part(count, i, parts), numbers + part(count, i + 1, parts), 0.0);
+    });
+  };
+  std::fill_n(call.counts, call.C, 0);
+  std::fill_n(call.sumsq, call.C, 0.0);
+  fill(call.sums, call.C * call.p);
+  if (call.scatter) fill(call.scatter, call.p * call.p);
+}
+
 // The rows of one chunk that are in use, by class and within a class as they came.
 class Order {
  public:
@@ -67,17 +82,21 @@ class Order {
     int32_t place, label;  // the place is that in the chunk
   };
 
-  explicit Order(int64_t most) : given_(new int32_t[most]), sorted_(new Row[most]) {}
+  // Room for `most` rows, sorted by so many threads.
+  Order(const ClassScatter& call, int64_t most, int threads)
+      : given_(new int32_t[most]), sorted_(new Row[most]), next_(threads * call.C), threads_(threads) {}
 
   // Each thread counts a piece of the rows, and then writes them to places of its own: how many pieces there
   // are does not show. Returns whether all labels were classes or ignore_index.
-  bool sort(const ClassScatter& call, int64_t first, int64_t rows, int threads) {
-    const int64_t C = call.C, pieces = std::clamp<int64_t>(rows / std::max(kLeastPiece, 4 * C), 1, threads);
-    std::vector<int64_t> next(pieces * C);
+  bool sort(const ClassScatter& call, int64_t first, int64_t rows) {
+    const int64_t C = call.C, most = rows / std::max(kLeastPiece, 4 * C);
+    const int64_t pieces = std::clamp<int64_t>(most, 1, threads_);
+    std::fill_n(next_.begin(), pieces * C, 0);
     std::atomic<bool> inside{true};
     const auto for_pieces = [&](const auto& run) {
-      parallel_for(threads, pieces, [&](int64_t piece, int) {
-        run(next.data() + piece * C, part(rows, piece, pieces), part(rows, piece + 1, pieces));
+      if (pieces == 1) return run(next_.data(), int64_t{0}, rows);
+      parallel_for(threads_, pieces, [&](int64_t piece, int) {
+        run(next_.data() + piece * C, part(rows, piece, pieces), part(rows, piece + 1, pieces));
       });
     };
     for_pieces([&](int64_t* count, int64_t begin, int64_t end) {
@@ -92,7 +111,7 @@ class Order {
     });
     used_ = 0;
     for (int64_t c = 0; c < C; c++) {
-      for (int64_t piece = 0; piece < pieces; piece++) used_ += std::exchange(next[piece * C + c], used_);
+      for (int64_t piece = 0; piece < pieces; piece++) used_ += std::exchange(next_[piece * C + c], used_);
     }
     for_pieces([&](int64_t* at, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
@@ -116,6 +135,8 @@ class Order {
   static constexpr int64_t kLeastPiece = 1 << 14;  // rows
   std::unique_ptr<int32_t[]> given_;  // the class of each row of the chunk, negative for those left out
   std::unique_ptr<Row[]> sorted_;
+  std::vector<int64_t> next_;  // [threads, C]
+  int threads_;
   int64_t used_ = 0;
 };
 

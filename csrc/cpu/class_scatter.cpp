@@ -38,7 +38,11 @@ template <class Real>
 class Pass {
  public:
   Pass(const ClassScatter& call, const ScatterBody& body, int threads, const std::function<void()>& poll)
-      : call_(call), body_(body), threads_(threads), poll_(poll), order_(std::min(call.N, kChunk)) {}
+      : call_(call),
+        body_(body),
+        threads_(threads),
+        poll_(poll),
+        order_(call, std::min(call.N, kChunk), threads) {}
 
   Refusal run() {
     const int64_t p = call_.p, padded = round_up(p, body_.pad);
@@ -57,13 +61,13 @@ class Pass {
     }
     scratch_ = memory.get() + panels * panel_bytes;
     tiles_ = tiles_of(panels_[0]);
-    if (call_.fresh) clear();
+    if (call_.fresh) clear(call_, threads_);
     std::vector<double> diagonal;
     for (int64_t j = 0; j < p; j++) diagonal.push_back(call_.scatter[j * p + j]);
     for (int64_t first = 0; first < call_.N; first += kChunk) {
       chunk_ = first;
       const int64_t rows = std::min(kChunk, call_.N - first);
-      if (!order_.sort(call_, first, rows, threads_)) return Refusal::label;
+      if (!order_.sort(call_, first, rows)) return Refusal::label;
       fill_radii(rows);
       const int64_t used = order_.used();
       for (int64_t start = 0; start < used; start += block_rows) {
@@ -87,19 +91,6 @@ class Pass {
 
  private:
   int threads_for(int64_t work) const { return work < kSerial ? 1 : threads_; }
-
-  void clear() {
-    const int64_t p = call_.p;
-    std::fill_n(call_.counts, call_.C, 0);
-    std::fill_n(call_.sumsq, call_.C, 0.0);
-    parallel_for(threads_for(call_.C * p), threads_, [&](int64_t i, int) {
-      const int64_t begin = part(call_.C * p, i, threads_), end = part(call_.C * p, i + 1, threads_);
-      std::fill(call_.sums + begin, call_.sums + end, 0.0);
-    });
-    parallel_for(threads_for(p * p), threads_, [&](int64_t i, int) {
-      std::fill(call_.scatter + part(p * p, i, threads_), call_.scatter + part(p * p, i + 1, threads_), 0.0);
-    });
-  }
 
   void fill_radii(int64_t rows) {
     Real* radii = static_cast<Real*>(call_.radii);

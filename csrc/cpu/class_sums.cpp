@@ -18,18 +18,21 @@
 namespace ncfast {
 namespace {
 
-constexpr int64_t kMostGroups = 32;  // of classes; where rows are read class by class, a task each
-constexpr int64_t kHeld = 32;        // rows; no float32 sum is longer
+constexpr int64_t kTasks = 32;  // of a piece that is read class by class
+constexpr int64_t kHeld = 32;   // rows; no float32 sum is longer
 
-// Whether rows are best read as they lie: if they are short, and shifts and sums stay in the cache.
+// Whether rows are best read as they lie: if they are short, if not so short that a call for each takes
+// longer than reading it, and shifts and sums stay in the cache.
 bool suits_storage_order(const ClassScatter& call, Isa isa) {
-  constexpr int64_t kShortRow = 256, kLongestRow = 512;  // columns
-  // Bytes of shifts and sums, per byte of an element. With AMX they stay in half a second-level cache of 2
-  // MiB: the third level is slow there, and more was not measured.
-  constexpr int64_t kMost = 1 << 20, kMostOnAmx = 1 << 17, kMostOfLongRows = 1 << 16;
+  constexpr int64_t kShortestRow = 16, kShortRow = 256, kLongestRow = 512;  // columns
+  constexpr int64_t kBeside = 32;  // bytes that a class takes besides its shift and sums
+  // Bytes of all classes, per byte of an element. With AMX they stay in a second-level cache of 2 MiB: the
+  // third level is slow there, and more was not measured.
+  constexpr int64_t kMost = 1 << 21, kMostOnAmx = 1 << 18, kMostOfLongRows = 1 << 17;
   const int64_t element = element_bytes(call.dtype), real = std::max<int64_t>(element, sizeof(float));
   const int64_t most = call.p > kShortRow ? kMostOfLongRows : isa == Isa::amx ? kMostOnAmx : kMost;
-  return call.p <= kLongestRow && 2 * real * call.C * call.p <= most * element;
+  const int64_t of_class = call.p * (2 * real + sizeof(double)) + kBeside;
+  return call.p >= kShortestRow && call.p <= kLongestRow && call.C * of_class <= most * element;
 }
 
 // Small pieces keep the rows of a class near each other in memory, and threads busy; but each costs a visit
@@ -51,13 +54,18 @@ template <class Real>
 class SumsPass {
  public:
   SumsPass(const ClassScatter& call, const ScatterBody& body, int threads, const std::function<void()>& poll)
-      : call_(call), body_(body), threads_(call.N * call.p < kSerial ? 1 : threads), poll_(poll) {}
+      : call_(call),
+        body_(body),
+        threads_(call.N * call.p < kSerial ? 1 : threads),
+        poll_(poll),
+        turns_(call.C) {}
 
-  Refusal run(Isa isa) {
+  Refusal run(Isa isa, int threads) {
     const bool storage_order = suits_storage_order(call_, isa);
     pieces_ = count_pieces(call_, storage_order);
-    groups_ = std::clamp<int64_t>(call_.C, 1, kMostGroups);
-    for (auto& turn : turns_) turn = 0;
+    // A class is cleared when it is first added to, unless there is more to be cleared than to be read.
+    clears_ = call_.fresh && call_.C <= call_.N;
+    if (call_.fresh && !clears_) clear(call_, threads);
     // No thread should wait for the others more than a fifth of the time, and a class have 16 rows of a
     // piece.
     const int64_t rounds = (pieces_ + threads_ - 1) / threads_;
@@ -79,27 +87,27 @@ class SumsPass {
   };
 
   int64_t first_row(int64_t piece) const { return part(call_.N, piece, pieces_); }
-  int64_t first_class(int64_t group) const { return part(call_.C, group, groups_); }
   const char* shift(int64_t c) const {
     return static_cast<const char*>(call_.shift) + c * call_.p * sizeof(Real);
   }
 
   void read_in_storage_order(Isa isa) {
     const int64_t C = call_.C, p = call_.p;
-    // A line apart, as rows of a power of two would share few sets of the first-level cache.
-    const int64_t stride = p + 64 / sizeof(Real);
+    // Rows of a power of two are a line apart, as they would share few sets of the first-level cache.
+    const int64_t stride = p + (p * sizeof(Real) % 512 ? 0 : 64 / sizeof(Real));
     const size_t held_bytes = round_up(C * stride * sizeof(Real), kPage);
     const size_t bytes = held_bytes + round_up(C * p * sizeof(double), kPage);
     Memory<char> memory = allocate_or_kept(threads_ * bytes);
-    std::vector<std::vector<Share>> shares(threads_);
+    std::vector<std::vector<Share>> shares(threads_, std::vector<Share>(C));
+    std::vector<char> begun(threads_);
     // Processors with AMX look far enough ahead by themselves.
     const int64_t row = p * element_bytes(call_.dtype), ahead = isa == Isa::amx ? 0 : (8192 + row - 1) / row;
     for_pieces([&](int64_t piece, int slot) {
       std::vector<Share>& share = shares[slot];
-      if (share.empty()) {
+      if (!begun[slot]) {
+        begun[slot] = true;
         char* at = memory.get() + slot * bytes;
         std::fill_n(reinterpret_cast<Real*>(at), C * stride, Real(0));
-        share.resize(C);
         for (int64_t c = 0; c < C; c++) {
           share[c].held = reinterpret_cast<Real*>(at) + c * stride;
           share[c].totals = reinterpret_cast<double*>(at + held_bytes) + c * p;
@@ -116,10 +124,10 @@ class SumsPass {
         const char* next = feature_row(call_, std::min(i + ahead, end - 1));
         add_rows(&features, &next, &i, 1, c, share[c]);
       }
-      for (int64_t group = 0; group < groups_; group++) {
-        await_turn(piece, group);
-        for (int64_t c = first_class(group); c < first_class(group + 1); c++) add(piece, c, share[c]);
-        pass_on(piece, group);
+      for (int64_t c = 0; c < C; c++) {
+        // Threads close behind each other would pass lines of the cache to and fro.
+        if (c % 32 == 0) await_turn(piece, std::min(C - 1, c + 31));
+        add(piece, c, share[c]);
       }
     });
     keep(std::move(memory));
@@ -131,25 +139,31 @@ class SumsPass {
     Memory<char> memory = allocate_or_kept(threads_ * bytes);
     std::fill_n(memory.get(), threads_ * bytes, 0);
     std::vector<Order> orders;
+    for (int64_t i = 0; i < pieces_of_chunk(); i++) orders.emplace_back(call_, call_.N / pieces_ + 1, 1);
     for_chunks([&](int64_t first, int64_t last) {
-      while (static_cast<int64_t>(orders.size()) < last - first) orders.emplace_back(call_.N / pieces_ + 1);
       parallel_for(threads_, last - first, [&](int64_t i, int) { sort(orders[i], first + i); });
-      parallel_for(threads_, (last - first) * groups_, [&](int64_t task, int slot) {
-        const int64_t piece = first + task / groups_, group = task % groups_;
+      parallel_for(threads_, (last - first) * kTasks, [&](int64_t task, int slot) {
+        const int64_t piece = first + task / kTasks;
         const Order& order = orders[piece - first];
+        const int64_t begin = first_class(order, task % kTasks), end = first_class(order, task % kTasks + 1);
         Share share;
         share.totals = reinterpret_cast<double*>(memory.get() + slot * bytes);
         share.held = reinterpret_cast<Real*>(share.totals + p);
-        int64_t row = order.begin_of(first_class(group));
-        for (int64_t c = first_class(group); c < first_class(group + 1); c++) {
+        int64_t row = order.begin_of(begin);
+        for (int64_t c = begin; c < end; c++) {
           row = add_class(order, row, first_row(piece), c, share);
-          if (c == first_class(group)) await_turn(piece, group);
           add(piece, c, share);
         }
-        pass_on(piece, group);
       });
     });
     keep(std::move(memory));
+  }
+
+  // Of a task: it has the classes that begin in its part of the rows.
+  int64_t first_class(const Order& order, int64_t task) const {
+    if (task == kTasks) return call_.C;
+    const int64_t row = part(order.used(), task, kTasks);
+    return row == 0 ? 0 : order[row - 1].label + 1;
   }
 
   // The rows of class c, from `row` of the order on. Returns where the next class begins.
@@ -170,11 +184,19 @@ class SumsPass {
     return row;
   }
 
-  // run(first, last) for pieces of together about kChunk rows.
+  // As many as have about kChunk rows and a GiB.
+  int64_t pieces_of_chunk() const {
+    constexpr int64_t kBytes = 1 << 30;
+    const int64_t rows =
+        std::min(kChunk, kBytes / (call_.p * static_cast<int64_t>(element_bytes(call_.dtype))));
+    return std::clamp<int64_t>(rows / std::max<int64_t>(1, call_.N / pieces_), 1, pieces_);
+  }
+
+  // run(first, last) for the pieces of a chunk.
   template <class Run>
   void for_chunks(const Run& run) {
-    const int64_t together = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, call_.N / pieces_));
-    for (int64_t first = 0; first < pieces_; first += together) {
+    const int64_t together = pieces_of_chunk();
+    for (int64_t first = 0; first < pieces_ && !outside_; first += together) {
       poll_();
       run(first, std::min(pieces_, first + together));
     }
@@ -190,7 +212,7 @@ class SumsPass {
 
   void sort(Order& order, int64_t piece) {
     const int64_t first = first_row(piece), rows = first_row(piece + 1) - first;
-    if (!order.sort(call_, first, rows, 1)) outside_ = true;
+    if (!order.sort(call_, first, rows)) outside_ = true;
     if (!call_.radii || order.used() == rows) return;
     for (int64_t i = 0; i < rows; i++) {
       if (order.leaves_out(i)) leave_out(first + i, kLeftOut);
@@ -218,39 +240,41 @@ class SumsPass {
     }
   }
 
-  // To the results; what is held becomes zero.
+  // Pieces, and tasks within them, are handed out in order, so whoever is waited for is at work.
+  void await_turn(int64_t piece, int64_t c) const {
+    while (turns_[c].load(std::memory_order_acquire) != piece) std::this_thread::yield();
+  }
+
+  // To the results, piece by piece; what is held becomes zero.
   void add(int64_t piece, int64_t c, Share& share) {
+    await_turn(piece, c);
     const int64_t p = call_.p;
     double* sums = call_.sums + c * p;
-    if (call_.fresh && piece == 0) {
+    if (clears_ && piece == 0) {
       call_.counts[c] = 0;
       call_.sumsq[c] = 0.0;
       std::fill_n(sums, p, 0.0);
     }
-    if (share.rows == 0) return;
-    call_.counts[c] += share.rows;
-    call_.sumsq[c] += share.sumsq;
-    if (share.rows > kHeld) {
-      for (int64_t j = 0; j < p; j++) sums[j] += share.totals[j];
+    if (share.rows > 0) {
+      call_.counts[c] += share.rows;
+      call_.sumsq[c] += share.sumsq;
+      if (share.rows > kHeld) {
+        for (int64_t j = 0; j < p; j++) sums[j] += share.totals[j];
+      }
+      body_.move_row(share.held, sums, p);
+      share.rows = 0;
+      share.sumsq = 0.0;
     }
-    body_.move_row(share.held, sums, p);
-    share.rows = 0;
-    share.sumsq = 0.0;
+    turns_[c].store(piece + 1, std::memory_order_release);
   }
-
-  // What pieces contribute to a group of classes is added in their order. Tasks are handed out in order, too,
-  // so whoever is waited for is at work.
-  void await_turn(int64_t piece, int64_t group) const {
-    while (turns_[group].load(std::memory_order_acquire) != piece) std::this_thread::yield();
-  }
-  void pass_on(int64_t piece, int64_t group) { turns_[group].store(piece + 1, std::memory_order_release); }
 
   const ClassScatter& call_;
   const ScatterBody& body_;
   const int threads_;
   const std::function<void()>& poll_;
-  int64_t pieces_ = 1, groups_ = 1;
-  std::atomic<int64_t> turns_[kMostGroups];  // the piece whose turn it is, for each group of classes
+  int64_t pieces_ = 1;
+  bool clears_ = false;
+  std::vector<std::atomic<int64_t>> turns_;  // [C] the piece whose turn it is
   std::atomic<bool> outside_{false};         // whether a label was outside [0, C)
 };
 
@@ -258,8 +282,8 @@ class SumsPass {
 
 Refusal class_sums(const ClassScatter& call, const ScatterBody& body, Isa isa, int threads,
                    const std::function<void()>& poll) {
-  return call.dtype == Dtype::float64 ? SumsPass<double>(call, body, threads, poll).run(isa)
-                                      : SumsPass<float>(call, body, threads, poll).run(isa);
+  return call.dtype == Dtype::float64 ? SumsPass<double>(call, body, threads, poll).run(isa, threads)
+                                      : SumsPass<float>(call, body, threads, poll).run(isa, threads);
 }
 
 }  // namespace ncfast
