@@ -117,18 +117,20 @@ struct VectorBody {
   template <int R>
   static void add_side_by_side(const char* const* features, const char* const* next, const char* shift,
                                char* sums, int64_t p, Real* squares) {
-    constexpr int64_t kSize = sizeof(typename Stored<Feature>::type);
+    constexpr int64_t kSize = sizeof(typename Stored<Feature>::type), kLine = 64;
     const char *row[R], *later[R];
     for (int r = 0; r < R; r++) {
       row[r] = features[r];
       later[r] = next[r];
     }
-    const auto add = [&](int64_t j, int count, V* square) [[gnu::always_inline]] {
+    const auto add = [&](int64_t j, int count, V* square, bool ask) [[gnu::always_inline]] {
       const V k = load<Real, Real, W>(shift, j, count);
       V total = load<Real, Real, W>(sums, j, count);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const V d = load<Feature, Real, W>(row[r], j, count) - k;
+        // Into the second level: as many lines into the first wait for each other longer.
+        if (ask) __builtin_prefetch(later[r] + j * kSize, 0, 2);
         total += d;
         square[r] += d * d;
       }
@@ -138,17 +140,11 @@ struct VectorBody {
     V even[R] = {}, odd[R] = {};
     int64_t j = 0;
     for (; j + 2 * W <= p; j += 2 * W) {
-      // Into the second level: as many lines into the first wait for each other longer.
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        for (int64_t byte = 0; byte < 2 * W * kSize; byte += 64)
-          __builtin_prefetch(later[r] + j * kSize + byte, 0, 2);
-      }
-      add(j, W, even);
-      add(j + W, W, odd);
+      add(j, W, even, true);
+      add(j + W, W, odd, W * kSize >= kLine);
     }
-    if (j + W <= p) add(j, W, even), j += W;
-    if (j < p) add(j, static_cast<int>(p - j), odd);
+    if (j + W <= p) add(j, W, even, true), j += W;
+    if (j < p) add(j, static_cast<int>(p - j), odd, true);
     for (int r = 0; r < R; r++) squares[r] = sum<Real, W>(even[r] + odd[r]);
   }
 
