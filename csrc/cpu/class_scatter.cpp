@@ -269,9 +269,13 @@ const ScatterBody& scatter_body(const ClassScatter& call, Isa isa) {
 
 Refusal class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll) {
   const ScatterBody& body = scatter_body(call, isa);
-  if (!call.scatter) return class_sums(call, body, isa, threads, poll);
-  return call.dtype == Dtype::float64 ? Pass<double>(call, body, threads, poll).run()
-                                      : Pass<float>(call, body, threads, poll).run();
+  const Refusal refusal = !call.scatter                  ? class_sums(call, body, isa, threads, poll)
+                          : call.dtype == Dtype::float64 ? Pass<double>(call, body, threads, poll).run()
+                                                         : Pass<float>(call, body, threads, poll).run();
+  if (refusal != Refusal::none) return refusal;
+  const bool finite =
+      std::all_of(call.sumsq, call.sumsq + call.C, [](double sumsq) { return std::isfinite(sumsq); });
+  return finite ? Refusal::none : Refusal::nonfinite;
 }
 
 namespace {

@@ -53,8 +53,9 @@ struct ClassScatter {
 
 enum class Refusal { none, label, nonfinite };
 
-// Refuses a label outside [0, C) that is not ignore_index. `poll` is called now and then on the calling
-// thread and may throw. Both leave the outputs half written.
+// Refuses a label outside [0, C) that is not ignore_index, with the outputs half written, as they are when
+// `poll` throws: it is called now and then on the calling thread. Says so, with complete outputs, if a sumsq
+// is not finite.
 Refusal class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll);
 
 // class_scatter for a small batch that must be added as a whole or not at all. Classes whose shift begins

@@ -148,11 +148,9 @@ def class_scatter(
         raise ValueError(f"shift is on {shift.device} but features are on {features.device}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    run = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
-    on_cpu = features.device.type == "cpu"
-    if on_cpu and not dispatch.beside(run, "CHECKS_LABELS"):
-        check_label_range(labels, shift.shape[0], ignore_index)
-    result: ClassScatter = run(
+    run = dispatch.select("class_scatter", features, scatter=scatter, num_classes=shift.shape[0])
+    return _checked(
+        run,
         as_stored(features),
         labels,
         as_stored(shift).to(shift_dtype(features.dtype)),
@@ -161,7 +159,24 @@ def class_scatter(
         precision=precision,
         ignore_index=ignore_index,
     )
-    if on_cpu and not result.sumsq.isfinite().all():
+
+
+def _checked(
+    run: Callable[..., ClassScatter],
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    ignore_index: int,
+    **options: Any,
+) -> ClassScatter:
+    """`run` a backend's operation, and on the CPU raise for labels out of range and numbers not finite."""
+    on_cpu = features.device.type == "cpu"
+    checked = dispatch.beside(run, "class_scatter_checked") if on_cpu else None
+    if on_cpu and checked is None:
+        check_label_range(labels, shift.shape[0], ignore_index)
+    result: ClassScatter = (checked or run)(features, labels, shift, ignore_index=ignore_index, **options)
+    if on_cpu and checked is None and not result.sumsq.isfinite().all():
         raise_for_nonfinite(features, labels, ignore_index)
     return result
 
@@ -284,6 +299,7 @@ def accumulate_by_adding(
 ) -> None:
     """Do what `accumulate` does through temporaries: `run` a backend's operation, then add its result."""
     sums_about = functools.partial(
+        _checked,
         run,
         features,
         labels,
@@ -297,8 +313,6 @@ def accumulate_by_adding(
     classes, overwritten = _choose_shift(shift, features, labels, ignore_index)
     try:
         batch = sums_about(shift)
-        if features.device.type == "cpu" and not batch.sumsq.isfinite().all():
-            raise_for_nonfinite(features, labels, ignore_index)
         if features.device.type == "cpu" and len(classes):
             far = far_shifts(batch.counts, batch.sums, batch.sumsq) & (state.counts == 0)
             if waiting is not None:

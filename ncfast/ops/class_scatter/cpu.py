@@ -14,9 +14,6 @@ from ncfast.ops.class_scatter import (
     shift_dtype,
 )
 
-CHECKS_LABELS = True
-"""`class_scatter` itself raises for labels out of range."""
-
 _NAMES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -44,6 +41,37 @@ def class_scatter(
 
     Raises for a label outside [0, C), as `ncfast.ops.class_scatter` does.
     """
+    result, refusal = _whole(features, labels, shift, scatter, radii, precision, ignore_index)
+    if refusal == "label":
+        _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
+    return result
+
+
+def class_scatter_checked(
+    features: torch.Tensor,  # [N, p]
+    labels: torch.Tensor,  # [N]
+    shift: torch.Tensor,  # [C, p]
+    *,
+    scatter: bool = True,
+    radii: bool = False,
+    precision: str = "high",
+    ignore_index: int = -100,
+) -> ClassScatter:
+    """Compute the same, and raise for numbers that are not finite, too."""
+    result, refusal = _whole(features, labels, shift, scatter, radii, precision, ignore_index)
+    _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
+    return result
+
+
+def _whole(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    shift: torch.Tensor,
+    scatter: bool,
+    radii: bool,
+    precision: str,
+    ignore_index: int,
+) -> tuple[ClassScatter, str]:
     N, p = features.shape
     C = shift.shape[0]
     real = functools.partial(features.new_empty, dtype=torch.float64)  # where the features are
@@ -54,9 +82,7 @@ def class_scatter(
         scatter=real(p, p) if scatter else None,
         radii=features.new_empty(N, dtype=shift_dtype(features.dtype)) if radii else None,
     )
-    refusal = _run(result, features, labels, shift, precision, ignore_index, "whole")
-    _raise_for(refusal, features, labels, C, ignore_index)
-    return result
+    return result, _run(result, features, labels, shift, precision, ignore_index, "whole")
 
 
 def accumulate(
