@@ -16,8 +16,7 @@
 
 namespace ncfast {
 
-constexpr int64_t kChunk =
-    1 << 20;  // rows, about as many as are sorted at once: N does not decide the memory
+constexpr int64_t kChunk = 1 << 20;  // rows; not many more are sorted at once, however many there are
 constexpr int64_t kPage = 4096;
 constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread costs more than it saves
 
@@ -82,21 +81,24 @@ class Order {
     int32_t place, label;  // the place is that in the chunk
   };
 
-  // Room for `most` rows, sorted by so many threads.
+  // Room for `most` rows, to be sorted by as many threads.
   Order(const ClassScatter& call, int64_t most, int threads)
-      : given_(new int32_t[most]), sorted_(new Row[most]), next_(threads * call.C), threads_(threads) {}
+      : given_(new int32_t[most]),
+        sorted_(new Row[most]),
+        threads_(threads),
+        pieces_(std::clamp<int64_t>(most / std::max(kLeastPiece, 4 * call.C), 1, threads)),
+        next_(pieces_ * call.C) {}
 
   // Each thread counts a piece of the rows, and then writes them to places of its own: how many pieces there
   // are does not show. Returns whether all labels were classes or ignore_index.
   bool sort(const ClassScatter& call, int64_t first, int64_t rows) {
-    const int64_t C = call.C, most = rows / std::max(kLeastPiece, 4 * C);
-    const int64_t pieces = std::clamp<int64_t>(most, 1, threads_);
-    std::fill_n(next_.begin(), pieces * C, 0);
+    const int64_t C = call.C;
+    std::fill(next_.begin(), next_.end(), 0);
     std::atomic<bool> inside{true};
     const auto for_pieces = [&](const auto& run) {
-      if (pieces == 1) return run(next_.data(), int64_t{0}, rows);
-      parallel_for(threads_, pieces, [&](int64_t piece, int) {
-        run(next_.data() + piece * C, part(rows, piece, pieces), part(rows, piece + 1, pieces));
+      if (pieces_ == 1) return run(next_.data(), int64_t{0}, rows);
+      parallel_for(threads_, pieces_, [&](int64_t piece, int) {
+        run(next_.data() + piece * C, part(rows, piece, pieces_), part(rows, piece + 1, pieces_));
       });
     };
     for_pieces([&](int64_t* count, int64_t begin, int64_t end) {
@@ -111,7 +113,7 @@ class Order {
     });
     used_ = 0;
     for (int64_t c = 0; c < C; c++) {
-      for (int64_t piece = 0; piece < pieces; piece++) used_ += std::exchange(next_[piece * C + c], used_);
+      for (int64_t piece = 0; piece < pieces_; piece++) used_ += std::exchange(next_[piece * C + c], used_);
     }
     for_pieces([&](int64_t* at, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
@@ -135,8 +137,9 @@ class Order {
   static constexpr int64_t kLeastPiece = 1 << 14;  // rows
   std::unique_ptr<int32_t[]> given_;  // the class of each row of the chunk, negative for those left out
   std::unique_ptr<Row[]> sorted_;
-  std::vector<int64_t> next_;  // [threads, C]
   int threads_;
+  int64_t pieces_;
+  std::vector<int64_t> next_;  // [pieces, C]
   int64_t used_ = 0;
 };
 

@@ -51,13 +51,13 @@ class Pass {
     strip_ = fused ? kFusedStrip : kPackStrip;
     const int64_t block_rows = std::min(most, fused ? kFusedBlock : body_.block_rows);
     Carry carry((block_rows + strip_ - 1) / strip_, p);
-    const int64_t rows = fused ? body_.fused_rows : block_rows, tile = fused ? padded : body_.tile(padded);
+    const int64_t stride = fused ? body_.fused_rows : block_rows, tile = fused ? padded : body_.tile(padded);
     const int64_t panels = fused ? threads_ : 1;
-    const size_t panel_bytes = round_up(body_.element(call_.precision) * padded * rows, kPage);
+    const size_t panel_bytes = round_up(body_.element(call_.precision) * padded * stride, kPage);
     scratch_bytes_ = round_up(body_.scratch * tile * tile, kPage);
     Memory<char> memory = allocate_or_kept(panels * panel_bytes + threads_ * scratch_bytes_);
     for (int64_t i = 0; i < panels; i++) {
-      panels_.push_back({p, padded, 0, rows, tile, call_.precision, memory.get() + i * panel_bytes});
+      panels_.push_back({p, padded, 0, stride, tile, call_.precision, memory.get() + i * panel_bytes});
     }
     scratch_ = memory.get() + panels * panel_bytes;
     tiles_ = tiles_of(panels_[0]);
