@@ -143,6 +143,16 @@ class Order {
   int64_t used_ = 0;
 };
 
+// The radii of those of `rows` rows from `first` on that the order leaves out.
+template <class Real>
+void fill_radii(const ClassScatter& call, const Order& order, int64_t first, int64_t rows) {
+  Real* radii = static_cast<Real*>(call.radii);
+  if (!radii || order.used() == rows) return;
+  for (int64_t i = 0; i < rows; i++) {
+    if (order.leaves_out(i)) radii[first + i] = std::numeric_limits<Real>::quiet_NaN();
+  }
+}
+
 // class_scatter without the scatter.
 Refusal class_sums(const ClassScatter& call, const ScatterBody& body, Isa isa, int threads,
                    const std::function<void()>& poll);

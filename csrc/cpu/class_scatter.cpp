@@ -4,8 +4,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
-#include <memory>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -26,12 +24,11 @@ constexpr int64_t kFusedLeast = 8 * kFusedStrip;  // rows; with fewer some threa
 // that begin in it; rows of a class that began in an earlier strip of the block are carried, and added when
 // all strips are done.
 struct Carry {
-  int64_t p;
   std::vector<double> sums;            // [strips, p]
   std::vector<double> column_squares;  // [strips, p]
   std::vector<double> sumsq;           // [strips]
 
-  Carry(int64_t strips, int64_t p) : p(p), sums(strips * p), column_squares(strips * p), sumsq(strips) {}
+  Carry(int64_t strips, int64_t p) : sums(strips * p), column_squares(strips * p), sumsq(strips) {}
 };
 
 template <class Real>
@@ -68,7 +65,7 @@ class Pass {
       chunk_ = first;
       const int64_t rows = std::min(kChunk, call_.N - first);
       if (!order_.sort(call_, first, rows)) return Refusal::label;
-      fill_radii(rows);
+      fill_radii<Real>(call_, order_, first, rows);
       const int64_t used = order_.used();
       for (int64_t start = 0; start < used; start += block_rows) {
         poll_();
@@ -91,14 +88,6 @@ class Pass {
 
  private:
   int threads_for(int64_t work) const { return work < kSerial ? 1 : threads_; }
-
-  void fill_radii(int64_t rows) {
-    Real* radii = static_cast<Real*>(call_.radii);
-    if (!radii) return;
-    for (int64_t i = 0; i < rows; i++) {
-      if (order_.leaves_out(i)) radii[chunk_ + i] = std::numeric_limits<Real>::quiet_NaN();
-    }
-  }
 
   int32_t label_of(int64_t sorted) const { return order_[sorted].label; }
 

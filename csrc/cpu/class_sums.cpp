@@ -213,10 +213,7 @@ class SumsPass {
   void sort(Order& order, int64_t piece) {
     const int64_t first = first_row(piece), rows = first_row(piece + 1) - first;
     if (!order.sort(call_, first, rows)) outside_ = true;
-    if (!call_.radii || order.used() == rows) return;
-    for (int64_t i = 0; i < rows; i++) {
-      if (order.leaves_out(i)) leave_out(first + i, kLeftOut);
-    }
+    fill_radii<Real>(call_, order, first, rows);
   }
 
   void leave_out(int64_t i, int64_t reason) {

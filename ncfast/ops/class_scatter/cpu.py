@@ -36,42 +36,12 @@ def class_scatter(
     radii: bool = False,
     precision: str = "high",
     ignore_index: int = -100,
+    nonfinite_raises: bool = False,
 ) -> ClassScatter:
     """Compute `ncfast.ops.class_scatter` on the fastest instruction set here, or NCFAST_CPU_ISA.
 
     Raises for a label outside [0, C), as `ncfast.ops.class_scatter` does.
     """
-    result, refusal = _whole(features, labels, shift, scatter, radii, precision, ignore_index)
-    if refusal == "label":
-        _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
-    return result
-
-
-def class_scatter_checked(
-    features: torch.Tensor,  # [N, p]
-    labels: torch.Tensor,  # [N]
-    shift: torch.Tensor,  # [C, p]
-    *,
-    scatter: bool = True,
-    radii: bool = False,
-    precision: str = "high",
-    ignore_index: int = -100,
-) -> ClassScatter:
-    """Compute the same, and raise for numbers that are not finite, too."""
-    result, refusal = _whole(features, labels, shift, scatter, radii, precision, ignore_index)
-    _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
-    return result
-
-
-def _whole(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    shift: torch.Tensor,
-    scatter: bool,
-    radii: bool,
-    precision: str,
-    ignore_index: int,
-) -> tuple[ClassScatter, str]:
     N, p = features.shape
     C = shift.shape[0]
     real = functools.partial(features.new_empty, dtype=torch.float64)  # where the features are
@@ -82,7 +52,14 @@ def _whole(
         scatter=real(p, p) if scatter else None,
         radii=features.new_empty(N, dtype=shift_dtype(features.dtype)) if radii else None,
     )
-    return result, _run(result, features, labels, shift, precision, ignore_index, "whole")
+    refusal = _run(result, features, labels, shift, precision, ignore_index, "whole")
+    if refusal != "nonfinite" or nonfinite_raises:
+        _raise_for(refusal, features, labels, C, ignore_index)
+    return result
+
+
+class_scatter_checked = functools.partial(class_scatter, nonfinite_raises=True)
+"""`class_scatter` that raises for all that `ncfast.ops.class_scatter` does."""
 
 
 def accumulate(
