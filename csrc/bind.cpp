@@ -43,14 +43,16 @@ const std::map<std::string, ncfast::Precision> kPrecisions = {{"highest", ncfast
                                                               {"medium", ncfast::Precision::medium}};
 
 #if defined(__x86_64__)
-const std::vector<ncfast::Isa> kMost = {ncfast::Isa::portable, ncfast::Isa::avx2, ncfast::Isa::avx512,
-                                        ncfast::Isa::amx};
-const std::vector<ncfast::Isa> kEvery(std::begin(ncfast::kIsas), std::end(ncfast::kIsas));
+using ncfast::Isa;
+const std::map<std::string, std::vector<Isa>> kBodies = {
+    {"class_scatter", {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}},
+    {"affine_argmax", {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}},
+    {"pair_geometry", {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}}};
 #else
-const std::vector<ncfast::Isa> kMost = {ncfast::Isa::portable}, kEvery = kMost;
-#endif
+const std::vector<ncfast::Isa> kPortable = {ncfast::Isa::portable};
 const std::map<std::string, std::vector<ncfast::Isa>> kBodies = {
-    {"class_scatter", kEvery}, {"affine_argmax", kMost}, {"pair_geometry", kEvery}};
+    {"class_scatter", kPortable}, {"affine_argmax", kPortable}, {"pair_geometry", kPortable}};
+#endif
 
 ncfast::Isa selected(const std::string& operation) { return ncfast::select(named(kBodies, operation)); }
 

@@ -63,6 +63,8 @@ bool detect(Isa isa) {
       return has(one.c, {12, 28, 29}) && has(seven.b, {5}) && (saved & kAvx) == kAvx;
     case Isa::avx512:  // F, DQ, BW, VL
       return has(seven.b, {16, 17, 30, 31}) && (saved & kAvx512) == kAvx512;
+    case Isa::avx512_vnni:
+      return has(seven.c, {11});
     case Isa::avx512_bf16:
       return has(cpuid(7, 1).a, {5});
     case Isa::amx:  // AMX-BF16, AMX-TILE, AMX-INT8
@@ -90,6 +92,8 @@ const char* name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_vnni:
+      return "avx512_vnni";
     case Isa::avx512_bf16:
       return "avx512_bf16";
     case Isa::amx:
@@ -118,7 +122,7 @@ Isa select(const std::vector<Isa>& bodies) {
                                   [forced](Isa candidate) { return std::string(forced) == name(candidate); });
     if (isa == std::end(kIsas)) {
       throw std::invalid_argument(std::string("NCFAST_CPU_ISA: unknown instruction set '") + forced +
-                                  "'; choose one of amx, avx512_bf16, avx512, avx2, portable");
+                                  "'; choose one of amx, avx512_bf16, avx512_vnni, avx512, avx2, portable");
     }
     if (!available(*isa)) {
       throw std::runtime_error(std::string("NCFAST_CPU_ISA=") + forced + ": this machine does not offer it");

@@ -6,9 +6,9 @@
 
 namespace ncfast {
 
-enum class Isa { portable, avx2, avx512, avx512_bf16, amx };  // from the plainest to the fastest
+enum class Isa { portable, avx2, avx512, avx512_vnni, avx512_bf16, amx };  // from the plainest to the fastest
 
-constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16, Isa::amx};
 
 const char* name(Isa isa);
 
