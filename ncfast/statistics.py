@@ -18,6 +18,7 @@ from ncfast.ops.class_scatter import (
     WaitingRows,
     accumulate,
     accumulate_waiting,
+    admit,
     as_stored,
     check_features,
     check_label_range,
@@ -190,7 +191,6 @@ class ClassStatistics:
         """
         if torch.compiler.is_compiling():
             return self._update_in_graph(features, labels)
-        self._thaw()
         self._add(features, labels, radii=False, may_wait=self._rows_may_wait)
         self._rows_since += len(features)
         if not self._defers and self._rows_since >= self._rows_then:
@@ -215,7 +215,6 @@ class ClassStatistics:
 
         As `update`, but a shift once chosen stays, so that the distances of all batches are about the same.
         """
-        self._thaw()
         return cast(torch.Tensor, self._add(features, labels, radii=True))
 
     def _update_in_graph(self, features: torch.Tensor, labels: torch.Tensor) -> "ClassStatistics":
@@ -245,24 +244,27 @@ class ClassStatistics:
         distances = None
         if radii:
             distances = features.new_empty(features.shape[0], dtype=shift_dtype(features.dtype))
-        may_wait = may_wait and self._lets_wait(features)
-        # Until this is known to be wrong: what is above the diagonal is up to date, whatever interrupts.
-        upper_only, self._upper_only = self._upper_only, True
-        whole = accumulate(
-            self._state(distances),
-            features,
-            labels,
-            shift,
-            precision=self.precision,
-            ignore_index=self.ignore_index,
-            waiting=self._waiting,
-            may_wait=may_wait,
-        )
-        if whole:
-            self._upper_only = upper_only
-        self._shift = shift
-        if self._waiting is not None and len(self._waiting) >= WaitingRows.MOST:
-            self._add_waiting()
+        waiting = self._waiting_for(features) if may_wait else None
+        if waiting is not None and admit(waiting, features, labels, shift, ignore_index=self.ignore_index):
+            self._shift = shift
+            if len(waiting) >= WaitingRows.MOST:
+                self._add_waiting()
+        else:
+            self._thaw()
+            # Until this is known to be wrong: what is above the diagonal is up to date, whatever interrupts.
+            upper_only, self._upper_only = self._upper_only, True
+            whole = accumulate(
+                self._state(distances),
+                features,
+                labels,
+                shift,
+                precision=self.precision,
+                ignore_index=self.ignore_index,
+                waiting=self._waiting,
+            )
+            if whole:
+                self._upper_only = upper_only
+            self._shift = shift
         if skipped is not None:
             self._skipped += skipped
         if refused is not None:
@@ -273,14 +275,20 @@ class ClassStatistics:
     def _state(self, radii: torch.Tensor | None = None) -> ClassScatter:
         return ClassScatter(self._counts, self._sums, self._sumsq, self._scatter, radii)
 
-    def _lets_wait(self, features: torch.Tensor) -> bool:
-        """Whether these rows may wait: few of them, with others of their dtype."""
-        if self._scatter is None or self._defers or len(features) > WaitingRows.MOST_OF_BATCH:
-            return False
+    def _waiting_for(self, features: torch.Tensor) -> WaitingRows | None:
+        """Those that these rows may join: few rows of one dtype, after the first batch.
+
+        That one chooses most shifts and goes where a bad choice can be mended.
+        """
+        if self._scatter is None or self._defers or features.shape[0] > WaitingRows.MOST_OF_BATCH:
+            return None
         waiting = self._waiting
-        if waiting is None or (waiting.features.dtype != features.dtype and not waiting):
-            waiting = self._waiting = WaitingRows(features)
-        return waiting.features.dtype == features.dtype
+        if not waiting:
+            if not self._counts.any():
+                return None
+            if waiting is None or waiting.features.dtype != features.dtype:
+                waiting = self._waiting = WaitingRows(features)
+        return waiting if waiting.features.dtype == features.dtype else None
 
     def _add_waiting(self) -> None:
         waiting = self._waiting
@@ -422,7 +430,7 @@ class ClassStatistics:
     @property
     def _defers(self) -> bool:
         """Whether complaints wait for the next synchronisation."""
-        return self._counts.device.type != "cpu"
+        return not self._counts.is_cpu
 
     def _raise_refused(self) -> None:
         if self._questioned and (refused := self.num_refused):

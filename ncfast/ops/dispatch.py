@@ -54,16 +54,18 @@ def record() -> Iterator[list[tuple[str, str]]]:
 
 def select(
     operation: str, features: torch.Tensor, function: str | None = None, **options: Any
-) -> Callable[..., Any]:
+) -> Any:
     """Return the function of the backend that runs `operation` for these features, and record the choice.
 
-    `function` names a further function of the same room; by default it is the one named after the operation.
+    `function` names a further function of the same room, None if there is no such; by default it is the one
+    named after the operation.
     """
     backend = pick(operation, features, **options)
+    found = getattr(_module(operation, backend), function or operation, None)
     calls = _recording.get()
-    if calls is not None:
+    if calls is not None and found is not None:
         calls.append((operation, backend))
-    return getattr(_module(operation, backend), function or operation)
+    return found
 
 
 def beside(run: Callable[..., Any], name: str) -> Any:
@@ -119,6 +121,7 @@ def forced_backend() -> str | None:
     return _forced.get() or (_known(environment, "NCFAST_BACKEND") if environment else None)
 
 
+@functools.cache
 def unavailable(backend: str) -> str | None:
     """Why this installation cannot run `backend` at all, or None when it can."""
     module, remedy = {
@@ -144,7 +147,7 @@ def refusal(operation: str, backend: str, features: torch.Tensor, **options: Any
 def _refusal(
     operation: str, backend: str, features: torch.Tensor, forced: str | None, options: dict[str, Any]
 ) -> str | None:
-    if backend in GPU_BACKENDS and forced != backend and features.device.type == "cpu":
+    if backend in GPU_BACKENDS and forced != backend and features.is_cpu:
         return "takes CPU tensors only when forced, for tests"
     if not _exists(operation, backend):
         return f"{operation} has no {backend} implementation"

@@ -237,12 +237,10 @@ def accumulate(
     precision: str = "high",
     ignore_index: int = -100,
     waiting: WaitingRows | None = None,
-    may_wait: bool = False,
 ) -> bool:
     """Add a checked batch to `state` in place; a class whose shift begins with a NaN gets its first feature.
 
-    `waiting` are rows that are yet to be added about the same shifts. If this batch `may_wait`, it may be put
-    there instead; there must be room.
+    `waiting` are rows that are yet to be added about the same shifts.
 
     What raises leaves `state` and `shift` bit for bit as they were, `state.radii` apart: it belongs to the
     batch and is overwritten. `state.scatter` need hold no more than the diagonal and what is above it;
@@ -255,18 +253,35 @@ def accumulate(
     """
     scatter = state.scatter is not None
     backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
-    in_place, admit = dispatch.beside(backend, "accumulate"), dispatch.beside(backend, "admit")
-    # The first batch chooses most shifts: it goes where a bad choice can be mended. Rows only wait after it.
+    in_place = dispatch.beside(backend, "accumulate")
+    # The first batch chooses most shifts: it goes where a bad choice can be mended.
     if in_place is None or not (waiting or state.counts.any()):
         accumulate_by_adding(backend, state, features, labels, shift, precision, ignore_index, waiting)
         return True
-    if may_wait and waiting is not None and admit is not None:
-        with waiting.lock:
-            waiting.add = dispatch.beside(backend, "add_admitted")
-            admit(waiting, features, labels, shift, ignore_index=ignore_index)
-        return True
     options = {"precision": precision, "ignore_index": ignore_index, "waiting": waiting}
     return cast(bool, in_place(state, features, labels, shift, **options))
+
+
+def admit(
+    waiting: WaitingRows,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+) -> bool:
+    """Let a checked batch join those that wait, for which there must be room; `accumulate` does the rest.
+
+    Returns whether the backend does that. Chooses shifts and raises as `accumulate` does, and what raises
+    leaves all as it was.
+    """
+    run = dispatch.select("class_scatter", features, "admit", num_classes=len(shift))
+    if run is None:
+        return False
+    with waiting.lock:
+        waiting.add = dispatch.beside(run, "add_admitted")
+        run(waiting, features, labels, shift, ignore_index=ignore_index)
+    return True
 
 
 def accumulate_waiting(

@@ -24,7 +24,7 @@ _NAMES = {
 
 def refuses(features: torch.Tensor) -> str | None:
     """Only tensors in the CPU's memory have addresses the kernels can read."""
-    return None if features.device.type == "cpu" else f"the features are on {features.device}"
+    return None if features.is_cpu else f"the features are on {features.device}"
 
 
 def class_scatter(
