@@ -4,12 +4,14 @@ import concurrent.futures
 import contextlib
 import copy
 import pickle
+import sys
 import threading
 
 import pytest
 import torch
 
 import ncfast
+from ncfast.ops.class_scatter import WaitingRows, accumulate_by_adding
 
 import oracle
 from oracle import EPS
@@ -646,6 +648,43 @@ def test_a_signal_while_waiting_rows_are_added(monkeypatch):
     monkeypatch.undo()
     assert stats.num_samples == 1000
     assert_same_statistics(stats, truth, 1e-6)
+
+
+@pytest.mark.parametrize("rows_wait", [True, False])
+def test_a_signal_while_results_are_added(rows_wait):
+    """At whatever line of Python it is handled, all of a batch is in the sums or nothing."""
+    features, labels = oracle.clustered(7, 33, 200, 0.3)
+    code = accumulate_by_adding.__code__
+    outcomes = []
+
+    def run(interrupted):
+        stats = ncfast.ClassStatistics(7, 33).update(features, labels)
+        if rows_wait:
+            stats._waiting = WaitingRows.of(features, labels)
+
+        def trace(frame, event, _):
+            if frame.f_code is not code:
+                return None
+            if event == "line" and frame.f_lineno == interrupted:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            stats._add_waiting() if rows_wait else stats.update(features, labels)
+        finally:
+            sys.settrace(None)
+            outcomes.append((int(stats._counts.sum()), waiting(stats), float(stats._scatter.sum())))
+
+    with ncfast.use_backend("reference"):
+        run(None)
+        for line in sorted({line for _, _, line in code.co_lines() if line} - {code.co_firstlineno}):
+            with contextlib.suppress(KeyboardInterrupt):
+                run(line)
+    added, others = outcomes[0], set(outcomes) - {outcomes[0]}
+    assert added[:2] == (400, 0)
+    assert [other[:2] for other in others] == [(200, 200 if rows_wait else 0)]
+    assert sum(outcome in others for outcome in outcomes) > 10
 
 
 def test_waiting_rows_are_added_by_who_admitted_them():

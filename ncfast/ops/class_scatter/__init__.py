@@ -298,8 +298,9 @@ def accumulate_waiting(
     if add is not None:
         add(state, features, labels, shift, precision=precision, filled=waiting.filled)
     else:
-        accumulate_by_adding(backend, state, features, labels, shift, precision, -1, waiting)
-        waiting.filled.zero_()
+        accumulate_by_adding(
+            backend, state, features, labels, shift, precision, -1, waiting, filled=waiting.filled
+        )
 
 
 def accumulate_by_adding(
@@ -311,8 +312,12 @@ def accumulate_by_adding(
     precision: str,
     ignore_index: int,
     waiting: WaitingRows | None = None,
+    filled: torch.Tensor | None = None,
 ) -> None:
-    """Do what `accumulate` does through temporaries: `run` a backend's operation, then add its result."""
+    """Do what `accumulate` does through temporaries: `run` a backend's operation, then add its result.
+
+    `filled` [] becomes zero when these are the waiting rows themselves.
+    """
     sums_about = functools.partial(
         _checked,
         run,
@@ -340,13 +345,15 @@ def accumulate_by_adding(
     except BaseException:
         shift[classes] = overwritten
         raise
-    state.counts.add_(batch.counts)
-    state.sums.add_(batch.sums)
-    state.sumsq.add_(batch.sumsq)
-    if state.scatter is not None and batch.scatter is not None:
-        state.scatter.add_(batch.scatter)
     if state.radii is not None and batch.radii is not None:
         state.radii.copy_(batch.radii)
+    changes = [(state.counts, batch.counts), (state.sums, batch.sums), (state.sumsq, batch.sumsq)]
+    if state.scatter is not None and batch.scatter is not None:
+        changes.append((state.scatter, batch.scatter))
+    if filled is not None:
+        changes.append((filled, -filled))
+    # All in one call: a signal is handled before it or after it.
+    torch._foreach_add_(*zip(*changes, strict=True))
 
 
 def _choose_shift(
