@@ -234,10 +234,8 @@ class ClassStatistics:
         features, labels = self._checked(features, labels)
         if features.shape[0] == 0:
             return features.new_empty(0, dtype=torch.float32) if radii else None
-        shift = self._shift
-        if features.dtype == torch.float64 and shift.dtype == torch.float32:
-            shift = shift.double()
-        if shift.dtype == torch.float64:
+        wide = torch.float64 in (features.dtype, self._shift.dtype)
+        if wide:
             # Rounding a float64 shift would move the origin of the earlier batches.
             features = features.double()
         labels, skipped, refused = self._screened(features, labels)
@@ -245,12 +243,14 @@ class ClassStatistics:
         if radii:
             distances = features.new_empty(features.shape[0], dtype=shift_dtype(features.dtype))
         waiting = self._waiting_for(features) if may_wait else None
-        if waiting is not None and admit(waiting, features, labels, shift, ignore_index=self.ignore_index):
-            self._shift = shift
+        if waiting is not None and admit(
+            waiting, features, labels, self._shift, ignore_index=self.ignore_index
+        ):
             if len(waiting) >= WaitingRows.MOST:
                 self._add_waiting()
         else:
             self._thaw()
+            shift = self._shift.double() if wide else self._shift
             # Until this is known to be wrong: what is above the diagonal is up to date, whatever interrupts.
             upper_only, self._upper_only = self._upper_only, True
             whole = accumulate(
@@ -266,7 +266,7 @@ class ClassStatistics:
                 self._upper_only = upper_only
             self._shift = shift
         if skipped is not None:
-            self._skipped += skipped
+            self._skipped = self._skipped + skipped  # which may come from inference mode
         if refused is not None:
             self._refused += refused
             self._none_refused = False
@@ -281,6 +281,8 @@ class ClassStatistics:
         That one chooses most shifts and goes where a bad choice can be mended.
         """
         if self._scatter is None or self._defers or features.shape[0] > WaitingRows.MOST_OF_BATCH:
+            return None
+        if self._shift.dtype != shift_dtype(features.dtype):
             return None
         waiting = self._waiting
         if not waiting:

@@ -712,6 +712,22 @@ def test_rows_that_wait_since_inference_mode():
     assert len(pickle.dumps(stats)) < len(pickle.dumps(state))  # nothing of the buffer but the rows that wait
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("nonfinite", ["error", "skip"])
+def test_inference_mode_between_batches(nonfinite, backend):
+    """Rows join those that wait, and are added, whatever the state's tensors were made in."""
+    if backend == "cpu":
+        pytest.importorskip("ncfast._cpu")
+    features, labels = oracle.clustered(7, 33, 1500, 0.3)
+    with torch.inference_mode():
+        stats = ncfast.ClassStatistics(7, 33, nonfinite=nonfinite)
+    with ncfast.use_backend(backend):
+        for i, (h, y) in enumerate(zip(features.split(100), labels.split(100), strict=True)):
+            with torch.inference_mode(i % 3 == 0):
+                stats.update(h, y)
+    assert (stats.num_samples, stats.num_skipped) == (1500, 0)
+
+
 def test_replacing_a_sum_leaves_no_rows_behind():
     features, labels = oracle.clustered(7, 33, 200, 0.3)
     stats, empty = (ncfast.ClassStatistics(7, 33) for _ in range(2))

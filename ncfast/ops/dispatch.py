@@ -52,9 +52,7 @@ def record() -> Iterator[list[tuple[str, str]]]:
         _recording.reset(token)
 
 
-def select(
-    operation: str, features: torch.Tensor, function: str | None = None, **options: Any
-) -> Any:
+def select(operation: str, features: torch.Tensor, function: str | None = None, **options: Any) -> Any:
     """Return the function of the backend that runs `operation` for these features, and record the choice.
 
     `function` names a further function of the same room, None if there is no such; by default it is the one
