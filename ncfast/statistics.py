@@ -265,10 +265,11 @@ class ClassStatistics:
             if whole:
                 self._upper_only = upper_only
             self._shift = shift
+        # Not in place: these two may come from inference mode.
         if skipped is not None:
-            self._skipped = self._skipped + skipped  # which may come from inference mode
+            self._skipped = self._skipped + skipped
         if refused is not None:
-            self._refused += refused
+            self._refused = self._refused + refused
             self._none_refused = False
         return distances
 
