@@ -265,12 +265,12 @@ class ClassStatistics:
             if whole:
                 self._upper_only = upper_only
             self._shift = shift
-        # Not in place: these two may come from inference mode.
-        if skipped is not None:
-            self._skipped = self._skipped + skipped
         if refused is not None:
-            self._refused = self._refused + refused
+            self._thaw()
+            self._refused += refused
             self._none_refused = False
+        if skipped is not None:
+            self._skipped += skipped
         return distances
 
     def _state(self, radii: torch.Tensor | None = None) -> ClassScatter:
