@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference, but see `preference`
-GPU_BACKENDS = ("cuda", "triton")
+GPU_BACKENDS, CPU_BACKENDS = BACKENDS[:2], BACKENDS[2:]
 
 _forced: ContextVar[str | None] = ContextVar("ncfast_forced_backend", default=None)
 _recording: ContextVar[list[tuple[str, str]] | None] = ContextVar("ncfast_recording", default=None)
@@ -74,7 +74,11 @@ def beside(run: Callable[..., Any], name: str) -> Any:
 def pick(operation: str, features: torch.Tensor, **options: Any) -> str:
     """Return the name of the backend that `select` would pick."""
     forced = forced_backend()
-    for backend in (forced,) if forced else preference(operation, features, **options):
+    if forced:
+        candidates: tuple[str, ...] = (forced,)
+    else:
+        candidates = CPU_BACKENDS if features.is_cpu else preference(operation, features, **options)
+    for backend in candidates:
         reason = _refusal(operation, backend, features, forced, options)
         if reason is None:
             return backend
