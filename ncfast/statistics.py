@@ -208,6 +208,7 @@ class ClassStatistics:
         if far.any():
             shift = torch.where(far[:, None], self.means.to(self.shift.dtype), self.shift)
             self.sums, self.sumsq, self.scatter = self._about(shift)
+            self._upper_only = self._scatter is not None
             self.shift = shift
 
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -330,8 +331,9 @@ class ClassStatistics:
         shift = self.shift.to(torch.promote_types(self.shift.dtype, other.shift.dtype))
         shift = torch.where(shift.isnan(), other.shift, shift).contiguous()
         sums, sumsq, scatter = other._about(shift)
-        if scatter is not None:
-            self.scatter = self._scatter_kept() + scatter
+        if self._scatter is not None and scatter is not None:
+            self.scatter = self._scatter + scatter
+            self._upper_only = True
         self.shift = shift
         self.counts += other.counts
         self.sums += sums
@@ -379,7 +381,9 @@ class ClassStatistics:
         sums, sumsq, *scatter = total.split([part.numel() for part in parts])
         self.shift, self.counts = shift, n.long()
         self.sums, self.sumsq = sums.view_as(self.sums).clone(), sumsq.clone()
-        self.scatter = scatter[0].view_as(self.scatter).clone() if self.scatter is not None else None
+        if self._scatter is not None:
+            self.scatter = scatter[0].view_as(self._scatter).clone()
+            self._upper_only = True
         self._skipped = torch.full_like(self._skipped, skipped)
         return self
 
@@ -391,15 +395,19 @@ class ClassStatistics:
                     setattr(self, name, value.clone())
 
     def _about(self, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The sums, sums of squares and scatter of the same samples about another shift [C, p]."""
+        """The sums, sums of squares and scatter of the same samples about another shift [C, p].
+
+        The scatter from the diagonal up.
+        """
+        self._add_waiting()
         n = self.counts.double()
         d = torch.where(self.counts[:, None] > 0, self.shift.double() - shift.double(), 0.0)
         half = self.sums + 0.5 * n[:, None] * d  # s dᵀ + d sᵀ + n d dᵀ = half dᵀ + d halfᵀ
-        scatter = self.scatter
+        scatter = self._scatter
         if scatter is not None:
             moved = d.any(1)
-            cross = half[moved].T @ d[moved]
-            scatter = scatter + cross + cross.T
+            left, right = half[moved], d[moved]
+            scatter = torch.addmm(scatter, left.T, right).addmm_(right.T, left)
         sumsq = (self.sumsq + 2.0 * (half * d).sum(1)).clamp_(min=0.0)
         return self.sums + n[:, None] * d, sumsq, scatter
 
