@@ -46,7 +46,7 @@ const std::map<std::string, ncfast::Precision> kPrecisions = {{"highest", ncfast
 using ncfast::Isa;
 const std::map<std::string, std::vector<Isa>> kBodies = {
     {"class_scatter", {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}},
-    {"affine_argmax", {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}},
+    {"affine_argmax", {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::amx}},
     {"pair_geometry", {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}}};
 #else
 const std::vector<ncfast::Isa> kPortable = {ncfast::Isa::portable};

@@ -64,8 +64,8 @@ double error_bound(const Norms& row, const PackedRule& rule, double depth, int64
   const double error =
       row.residual * (v.seen + v.residual) + row.seen * v.residual + row.low * v.low + rounding;
   // Products that are denormal, and numbers, or products of two scales of integers, where a thread takes
-  // those for zero.
-  const double underflow = (depth + p) * (1 + row.seen + v.seen) * kUnderflow;
+  // those for zero: with a sum of up to p 2^14 or, at 16 bits, 2^31.
+  const double underflow = (depth + p + (1 << 16)) * (1 + row.seen + v.seen) * kUnderflow;
   return error < kInRange ? error * (1 + 1e-6) + underflow : std::numeric_limits<double>::infinity();
 }
 
@@ -197,8 +197,10 @@ const ArgmaxBody* argmax_body(Isa isa, Dtype dtype) {
     case Isa::avx2:
       return argmax_body_avx2(dtype);
     case Isa::avx512:
-    case Isa::avx512_bf16:
       return argmax_body_avx512(dtype);
+    case Isa::avx512_vnni:
+    case Isa::avx512_bf16:
+      return argmax_body_avx512_vnni(dtype);
     case Isa::amx:
       return argmax_body_amx(dtype);
 #endif

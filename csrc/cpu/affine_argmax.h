@@ -105,6 +105,7 @@ const ArgmaxBody* argmax_body(Isa isa, Dtype dtype);
 const ArgmaxBody* argmax_body_portable(Dtype dtype);
 const ArgmaxBody* argmax_body_avx2(Dtype dtype);
 const ArgmaxBody* argmax_body_avx512(Dtype dtype);
+const ArgmaxBody* argmax_body_avx512_vnni(Dtype dtype);
 const ArgmaxBody* argmax_body_amx(Dtype dtype);
 
 }  // namespace ncfast

@@ -11,9 +11,11 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "cpu/affine_argmax.h"
@@ -27,6 +29,8 @@ namespace ncfast {
 namespace {
 
 #include "cpu/affine_argmax_vector.h"
+// After the vectors.
+#include "cpu/affine_argmax_integers.h"
 
 constexpr int kTile = 1024, kSide = 32;
 
@@ -74,18 +78,22 @@ struct TileArgmax {
     for (int64_t c = 0; c < kSide; c++) {
       const double* row = first + c < C ? weight + (first + c) * p : nullptr;
       char* out = panel.numbers + c / 16 * 16 * bytes(p, level) + c % 16 * 4;
-      double found[3];  // squares of |v^|, |v - v^|, |v_lo|
       if (level) {
-        pack_class(row, p, level, out, found);
+        keep_larger(norms, pack_class(row, p, level, out));
       } else {
-        panel.scale[c] = pack_integers(row, p, out, found);
+        const auto store = [&](int64_t j, __m128i numbers) {
+          char* at = out + j / 64 * kTile + j % 64 / 4 * 64;
+          const int64_t both = _mm_cvtsi128_si64(numbers);
+          std::memcpy(at, &both, 4);
+          std::memcpy(at + 64, reinterpret_cast<const char*>(&both) + 4, 4);
+        };
+        keep_larger(norms, pack_integers<int8_t>(row, p, 64 * steps(p, 0), panel.scale + c, store));
       }
-      keep_larger(norms, {std::sqrt(found[0]), std::sqrt(found[1]), std::sqrt(found[2])});
     }
   }
 
-  static void pack_class(const double* row, int64_t p, int level, char* out, double* found) {
-    found[0] = found[1] = found[2] = 0;
+  static Norms pack_class(const double* row, int64_t p, int level, char* out) {
+    double seen = 0, residual = 0, low = 0;
     for (int64_t j = 0; j < 32 * steps(p, level); j++) {
       const double exact = row && j < p ? row[j] : 0;
       char* at = out + j / 32 * parts(level) * kTile + j % 32 / 2 * 64 + j % 2 * 2;
@@ -96,61 +104,25 @@ struct TileArgmax {
         const uint16_t lo = to_bfloat16(static_cast<float>(exact - value));
         std::memcpy(at + kTile, &lo, sizeof lo);
         value += from_bfloat16(lo);
-        found[2] += static_cast<double>(from_bfloat16(lo)) * from_bfloat16(lo);
+        low += static_cast<double>(from_bfloat16(lo)) * from_bfloat16(lo);
       }
-      found[0] += value * value;
-      found[1] += (exact - value) * (exact - value);
+      seen += value * value;
+      residual += (exact - value) * (exact - value);
     }
-  }
-
-  // Returns the scale. A NaN passes into the squares.
-  static float pack_integers(const double* row, int64_t p, char* out, double* found) {
-    __m512d largest = _mm512_setzero_pd(), seen = largest, residual = largest;
-    const auto read = [&](int64_t j) {
-      if (!row || j >= p) return _mm512_setzero_pd();
-      return _mm512_maskz_loadu_pd(static_cast<__mmask8>(p - j < 8 ? (1 << (p - j)) - 1 : 0xff), row + j);
-    };
-    for (int64_t j = 0; j < p; j += 8) largest = _mm512_max_pd(largest, _mm512_abs_pd(read(j)));
-    const float scale = static_cast<float>(_mm512_reduce_max_pd(largest) / 127);
-    const __m512d unit = _mm512_set1_pd(scale), inverse = _mm512_set1_pd(scale > 0 ? 1.0 / scale : 0);
-    for (int64_t j = 0; j < 64 * steps(p, 0); j += 8) {
-      const __m512d exact = read(j);
-      const __m128i bytes = _mm256_cvtsepi32_epi8(_mm512_cvtpd_epi32(_mm512_mul_pd(exact, inverse)));
-      char* at = out + j / 64 * kTile + j % 64 / 4 * 64;
-      const int64_t both = _mm_cvtsi128_si64(bytes);
-      std::memcpy(at, &both, 4);
-      std::memcpy(at + 64, reinterpret_cast<const char*>(&both) + 4, 4);
-      const __m512d value = _mm512_mul_pd(_mm512_cvtepi32_pd(_mm256_cvtepi8_epi32(bytes)), unit);
-      const __m512d lost = _mm512_sub_pd(exact, value);
-      seen = _mm512_fmadd_pd(value, value, seen);
-      residual = _mm512_fmadd_pd(lost, lost, residual);
-    }
-    found[0] = _mm512_reduce_add_pd(seen);
-    found[1] = _mm512_reduce_add_pd(residual);
-    found[2] = 0;
-    return scale;
-  }
-
-  // Columns [j, j + 16) of h - m, zeros from p on.
-  static __m512 sixteen(const char* features, const float* middle, int64_t j, int64_t p) {
-    const int64_t count = p - j < 16 ? p - j : 16;
-    if (count <= 0) return _mm512_setzero_ps();
-    return (__m512)centred<Feature, 16>(features, middle, j, static_cast<int>(count));
+    return {std::sqrt(seen), std::sqrt(residual), std::sqrt(low)};
   }
 
   static void pack_row(const char* features, const float* middle, int64_t p, int level, int64_t row,
                        Operand block, Norms* norms) {
     char* out = block.numbers + row / 16 * 16 * bytes(p, level) + row % 16 * 64;
+    const auto store = [&](int64_t j, __m128i numbers) {
+      _mm_store_si128(reinterpret_cast<__m128i*>(out + j / 64 * kTile + j % 64), numbers);
+    };
     const Squares squares = level ? pack_halves(features, middle, p, static_cast<int>(parts(level)), out)
-                                  : pack_integers(features, middle, p, out, block.scale + row);
-    const double lost = std::sqrt(static_cast<double>(p)) * 0x1p-62;  // in squares that underflowed
-    const double d = norm(squares.all, p) + lost, r = norm(squares.residual, p) + lost;
-    *norms = {d + r, r + kRounded * d, level == 2 ? norm(squares.low, p) + lost : 0};
+                                  : pack_integers<int8_t, Feature>(features, middle, p, 64 * steps(p, 0),
+                                                                   block.scale + row, store);
+    *norms = squares.norms(p, level == 2);
   }
-
-  struct Squares {
-    __m512 all, residual, low;
-  };
 
   static Squares pack_halves(const char* features, const float* middle, int64_t p, int parts, char* out) {
     const __m512 zero = _mm512_setzero_ps();
@@ -158,8 +130,8 @@ struct TileArgmax {
     for (int64_t j = 0; j < p; j += 32, out += parts * kTile) {
       __m512 d0 = zero, d1 = zero;
       if (features) {
-        d0 = sixteen(features, middle, j, p);
-        d1 = sixteen(features, middle, j + 16, p);
+        d0 = sixteen<Feature>(features, middle, j, p);
+        d1 = sixteen<Feature>(features, middle, j + 16, p);
       }
       squares.all = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, squares.all));
       for (int part = 0; part < parts; part++) {
@@ -174,34 +146,6 @@ struct TileArgmax {
       squares.residual = _mm512_fmadd_ps(d0, d0, _mm512_fmadd_ps(d1, d1, squares.residual));
     }
     return squares;
-  }
-
-  // Reads the row twice, the second time from the first-level cache.
-  static Squares pack_integers(const char* features, const float* middle, int64_t p, char* out,
-                               float* scale) {
-    const __m512 zero = _mm512_setzero_ps();
-    Squares squares = {zero, zero, zero};
-    __m512 largest = zero;
-    for (int64_t j = 0; features && j < p; j += 16) {
-      const __m512 d = sixteen(features, middle, j, p);
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(d));
-      squares.all = _mm512_fmadd_ps(d, d, squares.all);
-    }
-    *scale = _mm512_reduce_max_ps(largest) / 127;
-    const __m512 unit = _mm512_set1_ps(*scale), inverse = _mm512_set1_ps(*scale > 0 ? 1 / *scale : 0);
-    for (int64_t j = 0; j < 64 * steps(p, 0); j += 16) {
-      const __m512 d = features ? sixteen(features, middle, j, p) : zero;
-      const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(d, inverse)));
-      _mm_store_si128(reinterpret_cast<__m128i*>(out + j / 64 * kTile + j % 64), bytes);
-      const __m512 lost = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), unit, d);
-      squares.residual = _mm512_fmadd_ps(lost, lost, squares.residual);
-    }
-    return squares;
-  }
-
-  // Of sums of squares: up to p / 16 + 8 float32 additions each.
-  static double norm(__m512 squares, int64_t p) {
-    return std::sqrt(static_cast<double>(_mm512_reduce_add_ps(squares))) * (1 + (p + 256) * 0x1p-27);
   }
 
   static size_t scratch(int64_t rows) { return rows * sizeof(Lanes) + 2 * kSide * kSide * sizeof(float); }

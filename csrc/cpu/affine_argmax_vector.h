@@ -106,12 +106,16 @@ struct FloatArgmax {
         for (int a = 0; a < A; a++) total[r][a] += v[a] * factor;
       }
     }
-    I lane;
-    for (int i = 0; i < W; i++) lane[i] = i;
     for (int a = 0; a < A; a++) {
-      const I index = lane + (first + a * W);
+      const I index = indices(first + a * W);
       for (int r = 0; r < R; r++) update(lanes[r], total[r][a], index);
     }
+  }
+
+  static I indices(int32_t first) {
+    I lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    return lane + first;
   }
 
   static void update(Lanes& lanes, const V& score, const I& index) {
@@ -124,15 +128,21 @@ struct FloatArgmax {
 
   static void score(Operand block, int64_t rows, Operand panel, const float* bias, int64_t classes, int64_t p,
                     int, char* scratch, TopTwo* top) {
+    const float* data = reinterpret_cast<const float*>(block.numbers);
+    const float* rule = reinterpret_cast<const float*>(panel.numbers);
+    for_tiles(rows, classes, scratch, top, [&](int64_t i, int64_t c, Lanes* lanes) [[gnu::always_inline]] {
+      tile(data + i * p, p, rule + c * p, bias + c, static_cast<int32_t>(c), lanes);
+    });
+  }
+
+  // run(i, c, lanes) for R rows from i on and kClasses classes from c on, and then the best two of each row.
+  template <class Run>
+  static void for_tiles(int64_t rows, int64_t classes, char* scratch, TopTwo* top, const Run& run) {
     Lanes* lanes = reinterpret_cast<Lanes*>(scratch);
     const V nothing = V{} - __builtin_inff();
     for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, I{}};
-    const float* data = reinterpret_cast<const float*>(block.numbers);
-    const float* rule = reinterpret_cast<const float*>(panel.numbers);
     for (int64_t c = 0; c < classes; c += kClasses) {
-      for (int64_t i = 0; i < rows; i += R) {
-        tile(data + i * p, p, rule + c * p, bias + c, static_cast<int32_t>(c), lanes + i);
-      }
+      for (int64_t i = 0; i < rows; i += R) run(i, c, lanes + i);
     }
     for (int64_t i = 0; i < rows; i++) top[i] = reduce(lanes[i]);
   }
