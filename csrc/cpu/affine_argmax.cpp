@@ -20,7 +20,7 @@ constexpr int64_t kBlocksPerPoll = 256;
 
 // Where a coarse level is tried: it saves a part of every score, and costs a little more per row and a second
 // packing of the classes. It stays where it decides three of four rows of the sample.
-constexpr int64_t kCoarseRows = 4096, kCoarseClasses = 257, kSample = 512;
+constexpr int64_t kCoarseRows = 4096, kSample = 512;
 
 // A rule as a body wants it, at one level.
 struct PackedRule {
@@ -219,7 +219,7 @@ void affine_argmax(const AffineArgmax& call, Isa isa, int threads, const std::fu
     classes += call.rule[r].C;
   }
   const bool tries_coarse =
-      call.p <= body.coarse_columns && call.N >= kCoarseRows && classes >= kCoarseClasses;
+      call.p <= body.coarse_columns && call.N >= kCoarseRows && classes >= body.coarse_classes;
   int level = tries_coarse || body.coarse_columns == 0 ? 0 : 1;
   Scorer::Rules packed = scorer.pack(level, all);
   if (tries_coarse && !scorer.decides_most(kSample, all, packed)) packed = scorer.pack(level = 1, all);

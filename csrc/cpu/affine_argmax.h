@@ -81,6 +81,7 @@ struct Operand {
 struct ArgmaxBody {
   int levels;
   int64_t coarse_columns;  // up to which level 0 is one for wide margins; 0: it never is
+  int64_t coarse_classes;  // of all rules, from which on it pays
   int rows, classes;
   size_t (*bytes)(int64_t p, int level);  // of a packed row or class
   double (*depth)(int64_t p, int level);

@@ -273,9 +273,9 @@ struct TileArgmax {
   }
 
   static const ArgmaxBody* body() {
-    // 127² or 128² a product: as many as surely fit an int32.
+    // 127² or 128² a product: as many as surely fit an int32. Up to 256 classes they gain nothing.
     static const ArgmaxBody table = {
-        3,       131'071,           kSide,         kSide, bytes, depth, pack_rule, pack_row, score,
+        3,       131'071,           257,           kSide, kSide, bytes, depth, pack_rule, pack_row, score,
         scratch, Float::candidates, Float::product};
     return &table;
   }

@@ -177,8 +177,8 @@ struct IntegerArgmax {
   static const ArgmaxBody* body() {
     // 128² a product of 8-bit numbers: as many as surely fit an int32.
     static const ArgmaxBody table = {
-        3,        131'071, kRows,          kClasses,          bytes,         depth, pack_rule,
-        pack_row, score,   Float::scratch, Float::candidates, Float::product};
+        3,         131'071,  2,     kRows,          kClasses,          bytes,         depth,
+        pack_rule, pack_row, score, Float::scratch, Float::candidates, Float::product};
     return &table;
   }
 };

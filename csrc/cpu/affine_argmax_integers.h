@@ -27,12 +27,12 @@ inline __m512 sixteen(const char* features, const float* middle, int64_t j, int6
 // What 1 stands for. 8-bit numbers end at 127: their products sum up to less than 2^31 as long as there are
 // few enough. 16-bit ones end at 32767 or have norm 46330, whichever is less, after a rounding of up to 1/2
 // each: 46340^2 < 2^31, so by Cauchy and Schwarz any two of them have a product that fits.
-template <class Integer>
-inline float scale_of(double largest, double norm, int64_t p) {
+template <class Integer, class Norm>
+inline float scale_of(double largest, const Norm& norm, int64_t p) {
   double scale = largest / std::numeric_limits<Integer>::max();
   if constexpr (sizeof(Integer) == 2) {
     const double room = 46330 - std::sqrt(static_cast<double>(p)) / 2;
-    scale = std::max(scale, norm / std::max(room, 0.0));
+    scale = std::max(scale, norm() / std::max(room, 0.0));
   }
   return scale < 0x1p-126 ? 0 : static_cast<float>(scale);  // 1 / scale is to be finite
 }
@@ -50,7 +50,8 @@ inline Squares pack_integers(const char* features, const float* middle, int64_t 
     largest = _mm512_max_ps(largest, _mm512_abs_ps(d));
     squares.all = _mm512_fmadd_ps(d, d, squares.all);
   }
-  *scale = scale_of<Integer>(_mm512_reduce_max_ps(largest), Squares::norm(squares.all, p), p);
+  const auto norm = [&] { return Squares::norm(squares.all, p); };
+  *scale = scale_of<Integer>(_mm512_reduce_max_ps(largest), norm, p);
   const __m512 unit = _mm512_set1_ps(*scale), inverse = _mm512_set1_ps(*scale > 0 ? 1 / *scale : 0);
   for (int64_t j = 0; j < end; j += 16) {
     const __m512 d = features ? sixteen<Feature>(features, middle, j, p) : zero;
@@ -84,7 +85,8 @@ inline Norms pack_integers(const double* row, int64_t p, int64_t end, float* sca
     largest = _mm512_max_pd(largest, _mm512_abs_pd(exact));
     squares = _mm512_fmadd_pd(exact, exact, squares);
   }
-  *scale = scale_of<Integer>(_mm512_reduce_max_pd(largest), std::sqrt(_mm512_reduce_add_pd(squares)), p);
+  const auto norm = [&] { return std::sqrt(_mm512_reduce_add_pd(squares)); };
+  *scale = scale_of<Integer>(_mm512_reduce_max_pd(largest), norm, p);
   const __m512d unit = _mm512_set1_pd(*scale), inverse = _mm512_set1_pd(*scale > 0 ? 1.0 / *scale : 0);
   for (int64_t j = 0; j < end; j += 8) {
     const __m512d exact = read(j);

@@ -186,8 +186,8 @@ struct FloatArgmax {
   }
 
   static const ArgmaxBody* body() {
-    static const ArgmaxBody table = {1,         0,        R,     kClasses, bytes,      depth,
-                                     pack_rule, pack_row, score, scratch,  candidates, product};
+    static const ArgmaxBody table = {1,         0,        0,     R,       kClasses,   bytes,  depth,
+                                     pack_rule, pack_row, score, scratch, candidates, product};
     return &table;
   }
 };
