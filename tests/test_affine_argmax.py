@@ -145,13 +145,66 @@ def test_squares_that_underflow(backend):
 
 
 def test_scores_in_range_of_weights_that_are_not(backend):
-    """Enough rows and classes for AMX's integers, whose sums times a class's scale alone leave float32."""
+    """Enough rows and classes for 8-bit integers, whose sums times a class's scale alone leave float32."""
     generator = torch.Generator().manual_seed(0)
     weight = 1e37 * torch.randn(300, 8, generator=generator)
     features = 0.02 * torch.randn(4200, 8, generator=generator)
-    expected = (features.double() @ weight.double().T).argmax(1)
+    bias = torch.zeros(300)
+    for _ in range(2):
+        expected = torch.addmm(bias.double(), features.double(), weight.double().T).argmax(1)
+        with backends.forced("affine_argmax", backend):
+            assert torch.equal(ncfast.affine_argmax(features, weight, bias), expected)
+        weight[1] = -weight[0]  # only these two remain as large, and their biases let others win
+        weight[2:] *= 0.01
+        bias[:2] = -5e36
+
+
+@pytest.mark.parametrize("most", [127, 32767])  # of 8 bits, for many rows and classes, and 16
+def test_integers_rounded_to_one_side(backend, most):
+    """Sixteen numbers of a row, then of a class, that just vanish beside a 1 in integers up to `most`.
+
+    With them the first class is ahead of the second by a tenth of their sum S, without them 1.9 S behind.
+    """
+    lost = torch.full((17,), 0.49 / most)
+    sixteen, one = torch.ones(17), torch.eye(17)[0]
+    sixteen[0] = 0
+    behind = 1.9 * (lost * sixteen).sum() * one
+    for row, first, second in [
+        (one + lost * sixteen, sixteen, behind - sixteen),
+        (one + sixteen, one + lost * sixteen, one + behind - lost * sixteen),
+    ]:
+        features = torch.stack([row, -row])  # with their opposites, so that centring changes nothing
+        weight = torch.stack([first, second, -first, -second])
+        with backends.forced("affine_argmax", backend):
+            assert ncfast.affine_argmax(features, weight).tolist() == [0, 2]
+            many = ncfast.affine_argmax(features.repeat(2100, 1), torch.cat([weight, torch.zeros(256, 17)]))
+        assert torch.equal(many, torch.tensor([0, 2]).repeat(2100))
+
+
+@pytest.mark.parametrize("p", [131_071, 140_000])  # the most 8-bit products that fit an int32, and more
+def test_sums_of_integers_at_their_largest(backend, p):
+    """Rows of ±1, each the last one moved by a column, and classes parallel to them."""
+    if backend != "cpu":
+        pytest.skip("large, and only the C++ kernels multiply integers")
+    signs = 1 - 2 * (torch.arange(p + 4200) % 2).float()
+    weight = torch.stack([signs[:p], -signs[:p]])
     with backends.forced("affine_argmax", backend):
-        assert torch.equal(ncfast.affine_argmax(features, weight), expected)
+        decided = ncfast.affine_argmax(signs.as_strided((4200, p), (1, 1)), weight)
+    assert torch.equal(decided, torch.arange(4200) % 2)
+
+
+def test_scales_whose_product_a_thread_takes_for_zero(backend):
+    """Scores of 2⁻⁹⁶ from numbers whose scales as 16-bit integers are 2⁻⁶³ each, beside a bias of 2⁻⁹⁸."""
+    rows = torch.full((2, 16), 2.0**-50)
+    rows[1] *= -1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        assert_decides(backend, rows, rows, torch.tensor([0, 2.0**-98]))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
 
 
 # Shapes whose rows a matrix-vector product of a BLAS adds up in more than one order.
