@@ -185,7 +185,7 @@ int main() {
       decide(shape, ncfast::Dtype::float16, 2, isa);
       decide(shape, ncfast::Dtype::float64, 8, isa);
     }
-    decide({4100, 70, 300}, ncfast::Dtype::float32, 4, isa);  // enough for the coarse level of AMX
+    decide({4100, 70, 300}, ncfast::Dtype::float32, 4, isa);  // enough for 8-bit integers
     for (const int64_t C : {2, 47, 48, 49, 97, 230}) {
       for (const int64_t p : {1, 7, 8, 127, 129, 300}) pairs(C, p, isa);
     }

@@ -1,10 +1,10 @@
 """affine_argmax in C++ (csrc/cpu/affine_argmax.h): low precision decides within a proven bound.
 
 The ladder: on AMX 8-bit integers where a sample says that they decide most rows, one bfloat16 per number,
-then two, or float32 elsewhere; then float64 matrix products; then what even their rounding leaves open, ties
-among them, by the reference. A rung decides the rows whose best two scores are farther apart than twice its
-error bound; of others it scores the classes within that bound in float64, where they are few, and what is
-still open it passes on.
+then two; on AVX512-VNNI 8-bit integers likewise, 16-bit ones, then float32; float32 elsewhere; then float64
+matrix products; then what even their rounding leaves open, ties among them, by the reference. A rung decides
+the rows whose best two scores are farther apart than twice its error bound; of others it scores the classes
+within that bound in float64, where they are few, and what is still open it passes on.
 """
 
 import math
