@@ -115,8 +115,9 @@ struct IntegerArgmax {
 
   // Scores of kRows rows and kClasses classes, into the rows' best two.
   template <class Integer>
-  static void tile(const char* block, const float* row_scale, int64_t stride, const char* panel,
-                   const float* class_scale, const float* bias, int64_t words, int32_t first, Lanes* lanes) {
+  [[gnu::noinline]] static void tile(const char* block, const float* row_scale, int64_t stride,
+                                     const char* panel, const float* class_scale, const float* bias,
+                                     int64_t words, int32_t first, Lanes* lanes) {
     using V = Vec<float, 16>;
     Sums total[kRows][kVectors];
     for (int a = 0; a < kVectors; a++) {
