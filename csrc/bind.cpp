@@ -128,8 +128,8 @@ std::string class_scatter(Address features, const std::string& dtype, int64_t N,
 // Returns what class_scatter_admit refuses, or "" for nothing.
 std::string class_scatter_admit(Address features, const std::string& dtype, int64_t N, int64_t p,
                                 int64_t row_bytes, Address labels, int label_size, int64_t label_bytes,
-                                int64_t ignore_index, Address shift, int64_t C, Address waiting_features,
-                                Address waiting_labels, Address filled) {
+                                int64_t ignore_index, Address shift, int64_t C, int threads,
+                                Address waiting_features, Address waiting_labels, Address filled) {
   ncfast::ClassScatter call = {};
   call.N = N;
   call.p = p;
@@ -145,7 +145,7 @@ std::string class_scatter_admit(Address features, const std::string& dtype, int6
                                        at<int64_t>(filled)};
   const ncfast::Isa isa = selected("class_scatter");
   py::gil_scoped_release release;
-  return kRefusals.at(ncfast::class_scatter_admit(call, at<void>(shift), isa, waiting));
+  return kRefusals.at(ncfast::class_scatter_admit(call, at<void>(shift), isa, threads, waiting));
 }
 
 void affine_argmax(Address features, const std::string& dtype, int64_t N, int64_t p, int64_t row_bytes,
@@ -235,8 +235,8 @@ PYBIND11_MODULE(_cpu, m) {
         "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "precision"_a, "counts"_a,
         "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "threads"_a, "mode"_a, "filled"_a);
   m.def("class_scatter_admit", &class_scatter_admit, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a,
-        "labels"_a, "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "waiting_features"_a,
-        "waiting_labels"_a, "filled"_a);
+        "labels"_a, "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "threads"_a,
+        "waiting_features"_a, "waiting_labels"_a, "filled"_a);
   m.def("affine_argmax", &affine_argmax, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "middle"_a,
         "rules"_a, "threads"_a);
   m.def("pair_geometry", &pair_geometry, "vectors"_a, "C"_a, "p"_a, "variances"_a, "statistics"_a,

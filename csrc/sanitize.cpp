@@ -36,7 +36,7 @@ bool wait(ncfast::ClassScatter call, size_t size, ncfast::Isa isa, int64_t used)
   std::vector<int64_t> labels(used), counts(call.C);
   int64_t rows = 0;
   const ncfast::WaitingRows waiting = {features.data(), labels.data(), &rows};
-  if (ncfast::class_scatter_admit(call, shift.data(), isa, waiting) != ncfast::Refusal::none) return true;
+  if (ncfast::class_scatter_admit(call, shift.data(), isa, 3, waiting) != ncfast::Refusal::none) return true;
   if (rows != used) fail("not every row waits", isa);
   std::vector<Real> radii(rows);
   call.N = rows;

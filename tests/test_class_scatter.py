@@ -339,28 +339,39 @@ def test_the_error_does_not_grow_with_the_samples(precision):
 
 
 @pytest.mark.parametrize("may_wait", [True, False])
+@pytest.mark.parametrize(("N", "p"), [(60, 33), (250, 300)])  # the larger one by all threads
 @pytest.mark.usefixtures("isa")
-def test_a_small_batch_is_added_as_a_whole_or_not_at_all(may_wait):
+def test_a_small_batch_is_added_as_a_whole_or_not_at_all(monkeypatch, N, p, may_wait):
     """A bad last row must not leave a trace, neither in the sums nor in the shifts chosen."""
-    features, labels, _ = sample(60, 33, 5)
-    labels[-1] = 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    features, labels, _ = sample(N, p, 5)
+    labels[-2:] = 1
     with ncfast.use_backend("cpu"):
-        stats = ncfast.ClassStatistics(5, 33).update(features[labels != 1], labels[labels != 1])
+        stats = ncfast.ClassStatistics(5, p).update(features[labels != 1], labels[labels != 1])
         stats._rows_may_wait = may_wait
         state = {name: value for name, value in vars(stats).items() if isinstance(value, torch.Tensor)}
         before = {name: value.clone() for name, value in state.items()}
         for bad in (torch.nan, torch.inf, 1e30):
             broken = features.clone()
             broken[-1, 20] = bad
-            with pytest.raises(ValueError, match=r"row 59|overflow"):
+            with pytest.raises(ValueError, match=rf"row {N - 1}|overflow"):
                 stats.update(broken, labels)
-        with pytest.raises(ValueError, match="row 59"):
+        broken[labels == 1, 0] = torch.nan
+        with pytest.raises(ValueError, match="NaN"):
+            stats.update(broken, labels)
+        with pytest.raises(ValueError, match=f"row {N - 1}"):
             stats.update(features, torch.cat([labels[:-1], torch.tensor([5])]))
         for name, value in before.items():
             assert vars(stats)[name].numpy().tobytes() == value.numpy().tobytes(), name
         assert stats.state_dict()["waiting_features"] is None
         stats.update(features, labels)
-    assert int(stats.counts[1]) == int((labels == 1).sum())
+        assert int(stats.counts[1]) == int((labels == 1).sum())
+        stats.update(features, labels)
+        if may_wait:
+            state = stats.state_dict()
+            assert torch.equal(state["waiting_features"], features[labels >= 0])
+            assert torch.equal(state["waiting_labels"], labels[labels >= 0])
+    assert int(stats.counts[1]) == 2 * int((labels == 1).sum())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

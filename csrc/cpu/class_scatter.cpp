@@ -273,35 +273,52 @@ namespace {
 template <class Real>
 class Admission {
  public:
-  // admitted(i, label) for every row in use, while its features are in the cache.
+  // admitted(u, i) for the u-th row in use, row i, by whatever thread has its features in the cache.
   template <class Admitted>
-  Admission(const ClassScatter& call, Real* shift, const ScatterBody& body, const Admitted& admitted)
+  Admission(const ClassScatter& call, Real* shift, const ScatterBody& body, int threads,
+            const Admitted& admitted)
       : call_(call), label_(call.N) {
     const int64_t p = call.p;
+    std::vector<int64_t> used;
     for (int64_t i = 0; i < call.N; i++) {
       label_[i] = class_at(call, i);
       if (label_[i] == kOutside) {
         refusal_ = Refusal::label;
         return;
       }
+      if (label_[i] >= 0) used.push_back(i);
     }
-    std::vector<Real> unused(p);  // sums that nobody asks for
-    for (int64_t i = 0; i < call.N; i++) {
-      if (label_[i] < 0) continue;
-      const char* row = feature_row(call, i);
-      Real *k = shift + label_[i] * p, square;
-      if (std::isnan(k[0])) choose(row, body, k);
-      body.add_rows(&row, &row, 1, reinterpret_cast<const char*>(k), unused.data(), p, &square);
-      if (!std::isfinite(checked(2 * square))) {  // added up in another order it may be a little larger
-        refusal_ = Refusal::nonfinite;
-        undo();
-        return;
+    const int64_t rows = used.size(), parts = rows * p < kSerial ? 1 : threads;
+    std::vector<Real> unused(parts * p);  // sums that nobody asks for
+    for (const int64_t i : used) {
+      Real* k = shift + label_[i] * p;
+      if (std::isnan(k[0])) choose(feature_row(call, i), body, k);
+    }
+    std::atomic<bool> finite{true};
+    parallel_for(threads, parts, [&](int64_t piece, int) {
+      for (int64_t u = part(rows, piece, parts); u < part(rows, piece + 1, parts); u++) {
+        const int64_t i = used[u];
+        const char *row = feature_row(call, i), *k = reinterpret_cast<const char*>(shift + label_[i] * p);
+        Real square;
+        body.add_rows(&row, &row, 1, k, &unused[piece * p], p, &square);
+        // Added up in another order it may be a little larger.
+        if (!std::isfinite(checked(2 * square))) finite = false;
+        admitted(u, i);
       }
-      admitted(i, label_[i]);
+    });
+    if (!finite) {
+      refusal_ = Refusal::nonfinite;
+      undo();
     }
   }
 
   Refusal refusal() const { return refusal_; }
+
+  void append_labels(const WaitingRows& waiting) const {
+    for (const int64_t label : label_) {
+      if (label >= 0) waiting.labels[(*waiting.filled)++] = label;
+    }
+  }
 
   // The batch with the labels as they were, whatever another thread writes there meanwhile.
   ClassScatter batch() const {
@@ -312,8 +329,9 @@ class Admission {
     return batch;
   }
 
+  // The last one first: where a shift begins with a NaN, it is chosen by each of its rows.
   void undo() const {
-    for (size_t c = 0; c < chosen_.size(); c++) std::copy_n(&overwritten_[c * call_.p], call_.p, chosen_[c]);
+    for (size_t c = chosen_.size(); c-- > 0;) std::copy_n(&overwritten_[c * call_.p], call_.p, chosen_[c]);
   }
 
  private:
@@ -337,7 +355,7 @@ class Admission {
 
 template <class Real>
 Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
-  const Admission<Real> admission(call, shift, scatter_body(call, isa), [](int64_t, int64_t) {});
+  const Admission<Real> admission(call, shift, scatter_body(call, isa), threads, [](int64_t, int64_t) {});
   if (admission.refusal() != Refusal::none) return admission.refusal();
   try {
     class_scatter(admission.batch(), isa, threads, [] {});
@@ -349,14 +367,13 @@ Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
 }
 
 template <class Real>
-Refusal admit(const ClassScatter& call, Real* shift, Isa isa, const WaitingRows& waiting) {
+Refusal admit(const ClassScatter& call, Real* shift, Isa isa, int threads, const WaitingRows& waiting) {
   const size_t row_bytes = call.p * element_bytes(call.dtype);
-  int64_t end = *waiting.filled;
-  const Admission<Real> admission(call, shift, scatter_body(call, isa), [&](int64_t i, int64_t label) {
-    std::memcpy(static_cast<char*>(waiting.features) + end * row_bytes, feature_row(call, i), row_bytes);
-    waiting.labels[end++] = label;
+  char* free = static_cast<char*>(waiting.features) + *waiting.filled * row_bytes;
+  const Admission<Real> admission(call, shift, scatter_body(call, isa), threads, [&](int64_t u, int64_t i) {
+    std::memcpy(free + u * row_bytes, feature_row(call, i), row_bytes);
   });
-  if (admission.refusal() == Refusal::none) *waiting.filled = end;
+  if (admission.refusal() == Refusal::none) admission.append_labels(waiting);
   return admission.refusal();
 }
 
@@ -367,9 +384,10 @@ Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int
                                       : update(call, static_cast<float*>(shift), isa, threads);
 }
 
-Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, const WaitingRows& waiting) {
-  return call.dtype == Dtype::float64 ? admit(call, static_cast<double*>(shift), isa, waiting)
-                                      : admit(call, static_cast<float*>(shift), isa, waiting);
+Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, int threads,
+                            const WaitingRows& waiting) {
+  return call.dtype == Dtype::float64 ? admit(call, static_cast<double*>(shift), isa, threads, waiting)
+                                      : admit(call, static_cast<float*>(shift), isa, threads, waiting);
 }
 
 }  // namespace ncfast

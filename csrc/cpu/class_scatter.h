@@ -74,7 +74,8 @@ struct WaitingRows {
 // The part of class_scatter_update that can refuse: chooses shifts, and appends the rows in use to those that
 // wait, for which there must be room. Needs no outputs. The shifts of waiting rows must stay until they are
 // added.
-Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, const WaitingRows& waiting);
+Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, int threads,
+                            const WaitingRows& waiting);
 
 constexpr int kGroup = 32;
 

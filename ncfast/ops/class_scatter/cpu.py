@@ -101,6 +101,7 @@ def admit(
         ignore_index,
         shift.data_ptr(),
         shift.shape[0],
+        torch.get_num_threads(),
         waiting.features.data_ptr(),
         waiting.labels.data_ptr(),
         waiting.filled.data_ptr(),
