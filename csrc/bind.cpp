@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <map>
@@ -91,7 +92,9 @@ std::string class_scatter(Address features, const std::string& dtype, int64_t N,
                           Address sums, Address sumsq, Address scatter, Address radii, int threads,
                           const std::string& mode_name, Address filled) {
   const Mode mode = named(kModes, mode_name);
-  const ncfast::ClassScatter call = {N,
+  // Those that still wait: a signal handler may have read the state, which adds them.
+  const int64_t rows = mode == Mode::admitted ? std::min(N, *at<int64_t>(filled)) : N;
+  const ncfast::ClassScatter call = {rows,
                                      p,
                                      C,
                                      named(kDtypes, dtype),

@@ -207,9 +207,7 @@ class ClassStatistics:
         far = far_shifts(self.counts, self.sums, self.sumsq)
         if far.any():
             shift = torch.where(far[:, None], self.means.to(self.shift.dtype), self.shift)
-            self.sums, self.sumsq, self.scatter = self._about(shift)
-            self._upper_only = self._scatter is not None
-            self.shift = shift
+            self._replace(*self._about(shift), shift=shift)
 
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Add a batch and return ‖h_i − k_{y_i}‖ [N], NaN for a row that was left out.
@@ -235,8 +233,7 @@ class ClassStatistics:
         features, labels = self._checked(features, labels)
         if features.shape[0] == 0:
             return features.new_empty(0, dtype=torch.float32) if radii else None
-        wide = torch.float64 in (features.dtype, self._shift.dtype)
-        if wide:
+        if self._shift.dtype == torch.float64:
             # Rounding a float64 shift would move the origin of the earlier batches.
             features = features.double()
         labels, skipped, refused = self._screened(features, labels)
@@ -250,22 +247,8 @@ class ClassStatistics:
             if len(waiting) >= WaitingRows.MOST:
                 self._add_waiting()
         else:
-            self._thaw()
-            shift = self._shift.double() if wide else self._shift
-            # Until this is known to be wrong: what is above the diagonal is up to date, whatever interrupts.
-            upper_only, self._upper_only = self._upper_only, True
-            whole = accumulate(
-                self._state(distances),
-                features,
-                labels,
-                shift,
-                precision=self.precision,
-                ignore_index=self.ignore_index,
-                waiting=self._waiting,
-            )
-            if whole:
-                self._upper_only = upper_only
-            self._shift = shift
+            with contextlib.nullcontext() if self._waiting is None else self._waiting.lock:
+                self._add_now(features, labels, distances)
         if refused is not None:
             self._thaw()
             self._refused += refused
@@ -274,19 +257,43 @@ class ClassStatistics:
             self._skipped += skipped
         return distances
 
+    def _add_now(self, features: torch.Tensor, labels: torch.Tensor, radii: torch.Tensor | None) -> None:
+        self._thaw()
+        state, shift = self._state(radii), self._shift.to(shift_dtype(features.dtype))
+        # Until this is known to be wrong: what is above the diagonal is up to date, whatever interrupts.
+        upper_only, self._upper_only = self._upper_only, True
+        try:
+            whole = accumulate(
+                state,
+                features,
+                labels,
+                shift,
+                precision=self.precision,
+                ignore_index=self.ignore_index,
+                waiting=self._waiting,
+            )
+        except Exception:  # nothing was added
+            self._upper_only = upper_only
+            raise
+        # Also the scatter, in case a signal handler has read the state and put a mirrored one there.
+        upper_only |= not whole or self._scatter is not state.scatter
+        vars(self).update(_shift=shift, _scatter=state.scatter, _upper_only=upper_only)
+
     def _state(self, radii: torch.Tensor | None = None) -> ClassScatter:
         return ClassScatter(self._counts, self._sums, self._sumsq, self._scatter, radii)
 
     def _waiting_for(self, features: torch.Tensor) -> WaitingRows | None:
-        """Those that these rows may join: few rows of one dtype, after the first batch.
+        """The waiting rows that a batch may join, if it may: a small one, of their dtype, but not the first.
 
-        That one chooses most shifts and goes where a bad choice can be mended.
+        That chooses most shifts and goes where a bad choice can be mended.
         """
         if self._scatter is None or self._defers or features.shape[0] > WaitingRows.MOST_OF_BATCH:
             return None
         if self._shift.dtype != shift_dtype(features.dtype):
             return None
         waiting = self._waiting
+        if waiting is not None and len(waiting) >= WaitingRows.MOST:
+            self._add_waiting()  # what a signal has kept the last batch from
         if not waiting:
             if not self._counts.any():
                 return None
@@ -308,7 +315,9 @@ class ClassStatistics:
             if len(waiting):
                 self._thaw()
                 self._upper_only = True
-                accumulate_waiting(self._state(), waiting, self._shift, precision=self.precision)
+                state = self._state()
+                accumulate_waiting(state, waiting, self._shift, precision=self.precision)
+                vars(self).update(_scatter=state.scatter, _upper_only=True)  # as `_add_now` does
 
     def merge(self, other: "ClassStatistics") -> "ClassStatistics":
         """Add the samples that `other` has seen, exactly as if both had seen all; returns self.
@@ -331,14 +340,14 @@ class ClassStatistics:
         shift = self.shift.to(torch.promote_types(self.shift.dtype, other.shift.dtype))
         shift = torch.where(shift.isnan(), other.shift, shift).contiguous()
         sums, sumsq, scatter = other._about(shift)
-        if self._scatter is not None and scatter is not None:
-            self.scatter = self._scatter + scatter
-            self._upper_only = True
-        self.shift = shift
-        self.counts += other.counts
-        self.sums += sums
-        self.sumsq += sumsq
-        self._skipped += other._skipped
+        self._replace(
+            self._sums + sums,
+            self._sumsq + sumsq,
+            self._scatter + scatter if self._scatter is not None and scatter is not None else None,
+            shift=shift,
+            counts=self._counts + other._counts,
+            skipped=self._skipped + other._skipped,
+        )
         return self
 
     def all_reduce(self, group: "dist.ProcessGroup | None" = None) -> "ClassStatistics":
@@ -379,12 +388,14 @@ class ClassStatistics:
         total = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(total, group=group)
         sums, sumsq, *scatter = total.split([part.numel() for part in parts])
-        self.shift, self.counts = shift, n.long()
-        self.sums, self.sumsq = sums.view_as(self.sums).clone(), sumsq.clone()
-        if self._scatter is not None:
-            self.scatter = scatter[0].view_as(self._scatter).clone()
-            self._upper_only = True
-        self._skipped = torch.full_like(self._skipped, skipped)
+        self._replace(
+            sums.view_as(self._sums).clone(),
+            sumsq.clone(),
+            None if self._scatter is None else scatter[0].view_as(self._scatter).clone(),
+            shift=shift,
+            counts=n.long(),
+            skipped=torch.full_like(self._skipped, skipped),
+        )
         return self
 
     def _thaw(self) -> None:
@@ -393,6 +404,16 @@ class ClassStatistics:
             for name, value in vars(self).items():
                 if isinstance(value, torch.Tensor) and value.is_inference():
                     setattr(self, name, value.clone())
+
+    def _replace(
+        self, sums: torch.Tensor, sumsq: torch.Tensor, scatter: torch.Tensor | None, **others: torch.Tensor
+    ) -> None:
+        """Put other tensors in place of the state's, all at once whatever signals come.
+
+        The scatter from the diagonal up; no rows wait.
+        """
+        replaced = {"sums": sums, "sumsq": sumsq, "scatter": scatter, "upper_only": scatter is not None}
+        vars(self).update({f"_{name}": value for name, value in (replaced | others).items()})
 
     def _about(self, shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The sums, sums of squares and scatter of the same samples about another shift [C, p].
@@ -646,10 +667,10 @@ class ClassStatistics:
         if not _is_plain(features) or not _is_plain(labels):
             raise ValueError("waiting_features and waiting_labels must be two tensors or None")
         rows = len(features) if features.ndim else 0
-        if features.shape != (rows, self.dim) or labels.shape != (rows,) or rows >= WaitingRows.MOST:
+        if features.shape != (rows, self.dim) or labels.shape != (rows,) or rows > WaitingRows.ROOM:
             raise ValueError(
                 f"waiting_features and waiting_labels must have shapes [R, {self.dim}] and [R] with "
-                f"R < {WaitingRows.MOST}, got {list(features.shape)} and {list(labels.shape)}"
+                f"R ≤ {WaitingRows.ROOM}, got {list(features.shape)} and {list(labels.shape)}"
             )
         wide = features.dtype == torch.float64 and shift.dtype != torch.float64
         if features.dtype not in FEATURE_DTYPES or wide or labels.dtype != torch.int64:
@@ -741,8 +762,8 @@ def _add_waiting_op(
     if rows:
         state = ClassScatter(counts, sums, sumsq, scatter, None)
         waiting = WaitingRows.of(features[:rows], labels[:rows])
+        waiting.filled = filled
         accumulate_waiting(state, waiting, shift, precision=precision)
-        filled.zero_()
 
 
 @_add_waiting_op.register_fake
@@ -779,7 +800,8 @@ def _update_op(
     )
     stats.counts, stats.shift, stats.sums, stats.sumsq, stats.scatter = counts, shift, sums, sumsq, scatter
     stats._skipped, stats._refused = skipped, refused
-    stats._add(features, labels, radii=False)
+    with torch.inference_mode():  # in which these very tensors are written to, wherever they come from
+        stats._add(features, labels, radii=False)
 
 
 @_update_op.register_fake

@@ -159,6 +159,21 @@ def test_scores_in_range_of_weights_that_are_not(backend):
         bias[:2] = -5e36
 
 
+@pytest.mark.parametrize(
+    "largest", [1e39, 1e44]
+)  # beyond two bfloat16 and float32, and beyond a scale of integers
+def test_a_class_beyond_float32_beside_others(backend, largest):
+    """Its norm stays beyond every bound, whatever comes after it."""
+    weight = torch.zeros(304, 17, dtype=torch.float64)
+    weight[:4, 0] = torch.tensor([largest, -largest, 1e-4 * largest, -1e-4 * largest])
+    features = torch.zeros(4200, 17, dtype=torch.float64)
+    features[:, 0] = 1e-4 * (1 - 2 * (torch.arange(4200) % 2))
+    for rows, classes in [(8, 4), (8, 304), (4200, 304)]:
+        with backends.forced("affine_argmax", backend):
+            decided = ncfast.affine_argmax(features[:rows], weight[:classes])
+        assert torch.equal(decided, torch.arange(rows) % 2)
+
+
 @pytest.mark.parametrize("most", [127, 32767])  # of 8 bits, for many rows and classes, and 16
 def test_integers_rounded_to_one_side(backend, most):
     """Sixteen numbers of a row, then of a class, that just vanish beside a 1 in integers up to `most`.

@@ -107,6 +107,16 @@ def test_update_in_one_graph(options, dtype, dynamic):
         )
 
 
+@pytest.mark.parametrize("scatter", [True, False])
+def test_a_graph_updates_a_state_from_inference_mode(scatter):
+    """Where the compiler lets it: AOTAutograd raises."""
+    features, labels = oracle.clustered(5, 9, 60, 0.5)
+    with torch.inference_mode():
+        stats = ncfast.ClassStatistics(5, 9, scatter=scatter).update(features, labels)
+    torch.compile(update_like, fullgraph=True, backend="eager")(stats, features, labels)
+    assert stats.num_samples == 120
+
+
 def test_a_graph_adds_the_rows_that_wait():
     """Rows of eager updates, read or followed by an update in a graph."""
     features, labels = oracle.clustered(5, 9, 60, 0.5)

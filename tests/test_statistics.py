@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ncfast
-from ncfast.ops.class_scatter import WaitingRows, accumulate_by_adding
+from ncfast.ops.class_scatter import WaitingRows, accumulate, accumulate_by_adding, accumulate_waiting
 
 import oracle
 from oracle import EPS
@@ -650,6 +650,62 @@ def test_a_signal_while_waiting_rows_are_added(monkeypatch):
     assert_same_statistics(stats, truth, 1e-6)
 
 
+def test_a_signal_before_enough_rows_are_added(monkeypatch):
+    """They still wait, and there is room for no other batch until they are added."""
+    pytest.importorskip("ncfast._cpu")
+    features, labels = oracle.clustered(7, 33, 256, 0.3)
+    stats = ncfast.ClassStatistics(7, 33).update(*oracle.clustered(7, 33, 3000, 0.3))
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ncfast.ClassStatistics, "_add_waiting", interrupted)
+    for _ in range(3):
+        stats.update(features, labels)
+    with pytest.raises(KeyboardInterrupt):
+        stats.update(features, labels)
+    monkeypatch.undo()
+    assert waiting(stats) == 1024
+    resumed = ncfast.ClassStatistics(7, 33)
+    resumed.load_state_dict(stats.state_dict())
+    for one in (stats, resumed):
+        for _ in range(3):
+            one.update(features, labels)
+        assert one.num_samples == 3000 + 7 * 256
+
+
+def test_a_signal_handler_reads_the_state():
+    """At whatever line of an update in C++, as one that saves a checkpoint does before it returns."""
+    pytest.importorskip("ncfast._cpu")
+    features, labels = oracle.clustered(7, 33, 200, 0.3)
+    codes = [ncfast.ClassStatistics._add_now.__code__, accumulate.__code__, accumulate_waiting.__code__]
+    for rows_wait in (True, False):
+        truth = ncfast.ClassStatistics(7, 33).update(features.repeat(3, 1), labels.repeat(3))
+        for code in codes[2:] if rows_wait else codes[:2]:
+            for line in sorted({line for _, _, line in code.co_lines() if line} - {code.co_firstlineno}):
+                stats = ncfast.ClassStatistics(7, 33).update(features, labels).update(features, labels)
+                stats._rows_may_wait = rows_wait
+                stats._rows_then = 10_000
+
+                def trace(frame, event, _, code=code, line=line, stats=stats):
+                    if frame.f_code is not code:
+                        return None
+                    if event == "line" and frame.f_lineno == line:
+                        sys.settrace(None)
+                        assert stats.scatter is not None
+                        sys.settrace(trace)
+                    return trace
+
+                sys.settrace(trace)
+                try:
+                    stats.update(features, labels)
+                    assert stats.num_samples == 600
+                finally:
+                    sys.settrace(None)
+                assert torch.equal(stats.scatter, stats.scatter.T)
+                assert_same_statistics(stats, truth, 1e-5)
+
+
 @pytest.mark.parametrize("rows_wait", [True, False])
 def test_a_signal_while_results_are_added(rows_wait):
     """At whatever line of Python it is handled, all of a batch is in the sums or nothing."""
@@ -758,8 +814,8 @@ def test_rows_that_cannot_be_waiting_are_refused():
         ({"waiting_labels": labels[1:]}, r"shapes \[R, 33\] and \[R\]"),
         ({"waiting_features": features[0, 0]}, r"shapes \[R, 33\] and \[R\]"),
         (
-            {"waiting_features": features[:1].repeat(1024, 1), "waiting_labels": labels[:1].repeat(1024)},
-            "R < 1024",
+            {"waiting_features": features[:1].repeat(1281, 1), "waiting_labels": labels[:1].repeat(1281)},
+            "R ≤ 1280",
         ),
         ({"waiting_features": features.double()}, "torch.float64 with labels of torch.int64 wait about"),
         ({"waiting_features": features.long()}, "no rows of torch.int64"),

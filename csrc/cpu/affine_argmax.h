@@ -57,7 +57,7 @@ struct Norms {
 };
 
 // A NaN stays: it makes every bound NaN, and no row decided.
-inline double larger(double most, double value) { return value <= most ? most : value; }
+inline double larger(double most, double value) { return value <= most || most != most ? most : value; }
 
 inline void keep_larger(Norms* most, const Norms& norms) {
   *most = {larger(most->seen, norms.seen), larger(most->residual, norms.residual),

@@ -66,10 +66,9 @@ struct TileArgmax {
   static size_t bytes(int64_t p, int level) { return steps(p, level) * parts(level) * 64; }
 
   // A product passes the 16 FMAs of its half of a tile, the addition of the two halves, and that to the
-  // accumulator once per tile. Twice that, in case a processor orders them otherwise. An integer sum is
-  // exact; it is rounded, multiplied by two scales, and the bias is added.
+  // accumulator once per tile. Twice that, in case a processor orders them otherwise.
   static double depth(int64_t p, int level) {
-    return level ? 2 * (18 + static_cast<double>(steps(p, level)) * (level == 2 ? 3 : 1)) : 8;
+    return level ? 2 * (18 + static_cast<double>(steps(p, level)) * (level == 2 ? 3 : 1)) : kDepthOfIntegers;
   }
 
   static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, Operand panel,
@@ -172,9 +171,7 @@ struct TileArgmax {
           if constexpr (Level == 0) {
             Vec<int32_t, 16> whole;
             std::memcpy(&whole, scores + r * kSide + half * 16, sizeof whole);
-            // Both scales at once: with one of them alone a score may leave the range that was bounded.
-            score =
-                __builtin_convertvector(whole, Vec<float, 16>) * (scale[half] * row_scale[r]) + added[half];
+            score = scaled(whole, scale[half], row_scale[r], added[half]);
           } else {
             std::memcpy(&score, scores + r * kSide + half * 16, sizeof score);
           }
@@ -273,9 +270,9 @@ struct TileArgmax {
   }
 
   static const ArgmaxBody* body() {
-    // 127² or 128² a product: as many as surely fit an int32. Up to 256 classes they gain nothing.
+    // Up to 256 classes 8-bit integers gain nothing.
     static const ArgmaxBody table = {
-        3,       131'071,           257,           kSide, kSide, bytes, depth, pack_rule, pack_row, score,
+        3,       kMostOf8Bits,      257,           kSide, kSide, bytes, depth, pack_rule, pack_row, score,
         scratch, Float::candidates, Float::product};
     return &table;
   }

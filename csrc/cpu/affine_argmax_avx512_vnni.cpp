@@ -61,8 +61,7 @@ struct IntegerArgmax {
     return level == 0 ? columns + kWord : level == 1 ? 2 * columns + kWord : Float::bytes(p, level);
   }
 
-  // An integer sum is exact; it is rounded, multiplied by two scales, and the bias is added.
-  static double depth(int64_t p, int level) { return level < 2 ? 8 : Float::depth(p, level); }
+  static double depth(int64_t p, int level) { return level < 2 ? kDepthOfIntegers : Float::depth(p, level); }
 
   static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, Operand panel,
                         Norms* norms) {
@@ -81,14 +80,14 @@ struct IntegerArgmax {
     __m128i shift = _mm_setzero_si128();  // products with 128
     const auto store = [&](int64_t j, __m128i numbers) {
       char* at = out + (1 + words<Integer>(j)) * kClasses * kWord;
-      char word[16];
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(word), numbers);
+      char eight[16];
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(eight), numbers);
       for (int64_t w = 0; w < words<Integer>(8); w++) {
-        std::memcpy(at + w * kClasses * kWord, word + w * kWord, kWord);
+        std::memcpy(at + w * kClasses * kWord, eight + w * kWord, kWord);
       }
       if constexpr (sizeof(Integer) == 1) shift = _mm_dpbusd_epi32(shift, _mm_set1_epi8(-128), numbers);
     };
-    const Norms norms = pack_integers<Integer>(row, p, round_up(p, 8), scale, store);
+    const Norms norms = pack_integers<Integer>(row, p, p, scale, store);
     shift = _mm_hadd_epi32(shift, shift);
     shift = _mm_hadd_epi32(shift, shift);
     const int32_t start = _mm_cvtsi128_si32(_mm_sub_epi32(_mm_setzero_si128(), shift));
@@ -100,16 +99,17 @@ struct IntegerArgmax {
                        Operand block, Norms* norms) {
     if (level == 2) return Float::pack_row(features, middle, p, level, row, block, norms);
     char* out = block.numbers + row * bytes(p, level);
-    const auto bytes = [&](int64_t j, __m128i numbers) {
+    const auto store_bytes = [&](int64_t j, __m128i numbers) {
       const __m128i shifted = _mm_xor_si128(numbers, _mm_set1_epi8(-128));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out + j), shifted);
     };
-    const auto halves = [&](int64_t j, __m256i numbers) {
+    const auto store_halves = [&](int64_t j, __m256i numbers) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 2 * j), numbers);
     };
     float* scale = block.scale + row;
-    const Squares squares = level ? pack_integers<int16_t, Feature>(features, middle, p, p, scale, halves)
-                                  : pack_integers<int8_t, Feature>(features, middle, p, p, scale, bytes);
+    const Squares squares = level
+                                ? pack_integers<int16_t, Feature>(features, middle, p, p, scale, store_halves)
+                                : pack_integers<int8_t, Feature>(features, middle, p, p, scale, store_bytes);
     *norms = squares.norms(p, false);
   }
 
@@ -117,7 +117,7 @@ struct IntegerArgmax {
   template <class Integer>
   [[gnu::noinline]] static void tile(const char* block, const float* row_scale, int64_t stride,
                                      const char* panel, const float* class_scale, const float* bias,
-                                     int64_t words, int32_t first, Lanes* lanes) {
+                                     int64_t steps, int32_t first, Lanes* lanes) {
     using V = Vec<float, 16>;
     Sums total[kRows][kVectors];
     for (int a = 0; a < kVectors; a++) {
@@ -126,7 +126,7 @@ struct IntegerArgmax {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) total[r][a] = start;
     }
-    for (int64_t w = 0; w < words; w++) {
+    for (int64_t w = 0; w < steps; w++) {
       panel += kClasses * kWord;
       Sums classes[kVectors];
 #pragma GCC unroll 3
@@ -148,14 +148,12 @@ struct IntegerArgmax {
     const Sums index = Float::indices(first);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
-      Lanes row = lanes[r];
+      Lanes best = lanes[r];
 #pragma GCC unroll 3
       for (int a = 0; a < kVectors; a++) {
-        // Both scales at once: with one of them alone a score may leave the range that was bounded.
-        const V both = scale[a] * row_scale[r];
-        Float::update(row, __builtin_convertvector(total[r][a], V) * both + added[a], index + a * 16);
+        Float::update(best, scaled(total[r][a], scale[a], row_scale[r], added[a]), index + a * 16);
       }
-      lanes[r] = row;
+      lanes[r] = best;
     }
   }
 
@@ -176,10 +174,9 @@ struct IntegerArgmax {
   }
 
   static const ArgmaxBody* body() {
-    // 128² a product of 8-bit numbers: as many as surely fit an int32.
     static const ArgmaxBody table = {
-        3,         131'071,  2,     kRows,          kClasses,          bytes,         depth,
-        pack_rule, pack_row, score, Float::scratch, Float::candidates, Float::product};
+        3,         kMostOf8Bits, 2,     kRows,          kClasses,          bytes,         depth,
+        pack_rule, pack_row,     score, Float::scratch, Float::candidates, Float::product};
     return &table;
   }
 };

@@ -1,5 +1,5 @@
 // Rows and classes as 8- or 16-bit integers times a scale each, for the bodies of affine_argmax that multiply
-// those. Included like affine_argmax_vector.h, after it and <immintrin.h>; needs AVX-512.
+// those. Included like affine_argmax_vector.h, after it; needs AVX-512, <algorithm>, <cmath> and <limits>.
 
 // Of up to p / 16 + 8 float32 additions each.
 struct Squares {
@@ -24,9 +24,12 @@ inline __m512 sixteen(const char* features, const float* middle, int64_t j, int6
   return (__m512)centred<Feature, 16>(features, middle, j, static_cast<int>(count));
 }
 
-// What 1 stands for. 8-bit numbers end at 127: their products sum up to less than 2^31 as long as there are
-// few enough. 16-bit ones end at 32767 or have norm 46330, whichever is less, after a rounding of up to 1/2
-// each: 46340^2 < 2^31, so by Cauchy and Schwarz any two of them have a product that fits.
+// As many products of 8-bit numbers, 128² or less each, as surely fit an int32.
+constexpr int64_t kMostOf8Bits = 131'071;
+
+// What 1 stands for. 8-bit numbers end at 127: the sum of their products fits for so many columns. 16-bit
+// ones end at 32767 or have norm 46330, whichever is less, after a rounding of up to 1/2 each: 46340^2 <
+// 2^31, so by Cauchy and Schwarz any two of them have a product that fits.
 template <class Integer, class Norm>
 inline float scale_of(double largest, const Norm& norm, int64_t p) {
   double scale = largest / std::numeric_limits<Integer>::max();
@@ -34,11 +37,21 @@ inline float scale_of(double largest, const Norm& norm, int64_t p) {
     const double room = 46330 - std::sqrt(static_cast<double>(p)) / 2;
     scale = std::max(scale, norm() / std::max(room, 0.0));
   }
-  return scale < 0x1p-126 ? 0 : static_cast<float>(scale);  // 1 / scale is to be finite
+  // The scale and its inverse are to be finite: what has no such scale is all residual.
+  return scale < 0x1p-126 || scale > 0x1p126 ? 0 : static_cast<float>(scale);
 }
 
-// `store` gets columns [0, end), zeros from p on, 16 at a time. Reads the row twice, the second time from the
-// first-level cache. A row of null is one of zeros.
+// A sum of integers is exact; it is rounded, multiplied by two scales, and the bias is added.
+constexpr double kDepthOfIntegers = 8;
+
+// Both scales at once: with one of them alone a score may leave the range that was bounded.
+inline Vec<float, 16> scaled(const Vec<int32_t, 16>& sum, const Vec<float, 16>& class_scale, float row_scale,
+                             const Vec<float, 16>& bias) {
+  return __builtin_convertvector(sum, Vec<float, 16>) * (class_scale * row_scale) + bias;
+}
+
+// `store` gets the columns 16 at a time, in pieces that begin before `end`, with zeros from p on. Reads the
+// row twice, the second time from the first-level cache. A row of null is one of zeros.
 template <class Integer, class Feature, class Store>
 inline Squares pack_integers(const char* features, const float* middle, int64_t p, int64_t end, float* scale,
                              const Store& store) {

@@ -315,9 +315,11 @@ class Admission {
   Refusal refusal() const { return refusal_; }
 
   void append_labels(const WaitingRows& waiting) const {
+    int64_t end = *waiting.filled;
     for (const int64_t label : label_) {
-      if (label >= 0) waiting.labels[(*waiting.filled)++] = label;
+      if (label >= 0) waiting.labels[end++] = label;
     }
+    *waiting.filled = end;
   }
 
   // The batch with the labels as they were, whatever another thread writes there meanwhile.

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference, but see `preference`
-GPU_BACKENDS, CPU_BACKENDS = BACKENDS[:2], BACKENDS[2:]
+GPU_BACKENDS, CPU_BACKENDS = ("cuda", "triton"), ("cpu", "reference")
+BACKENDS = GPU_BACKENDS + CPU_BACKENDS  # in order of preference, but see `preference`
 
 _forced: ContextVar[str | None] = ContextVar("ncfast_forced_backend", default=None)
 _recording: ContextVar[list[tuple[str, str]] | None] = ContextVar("ncfast_recording", default=None)

@@ -65,8 +65,8 @@ def pair_geometry(vectors: torch.Tensor, variances: torch.Tensor | None = None) 
         if variances.shape != vectors.shape[:1]:
             raise ValueError(f"variances must have shape [{vectors.shape[0]}], got {list(variances.shape)}")
         _check_device(variances, "variances", vectors, "vectors")
-        variances = as_stored(variances).double()
-    return dispatch.select("pair_geometry", vectors)(as_stored(vectors).double(), variances)
+        variances = as_stored(variances, torch.float64)
+    return dispatch.select("pair_geometry", vectors)(as_stored(vectors, torch.float64), variances)
 
 
 def etf_error(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Tensor:
@@ -94,8 +94,8 @@ def etf_error(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Te
         _check_device(right, "right", left, "left")
         if right.shape != left.shape:
             raise ValueError(f"right must have shape {list(left.shape)}, got {list(right.shape)}")
-        right = as_stored(right).double()
-    return dispatch.select("pair_geometry", left, "etf_error")(as_stored(left).double(), right)
+        right = as_stored(right, torch.float64)
+    return dispatch.select("pair_geometry", left, "etf_error")(as_stored(left, torch.float64), right)
 
 
 def decision_radius(
@@ -229,7 +229,12 @@ def _checked_anchors(
     classes = classes.detach().long()
     if classes.device.type == "cpu" and ((classes < 0) | (classes >= C)).any():
         raise ValueError(f"classes must lie in [0, {C})")
-    return as_stored(weight).double(), as_stored(bias).double(), as_stored(anchors).double(), classes
+    return (
+        as_stored(weight, torch.float64),
+        as_stored(bias, torch.float64),
+        as_stored(anchors, torch.float64),
+        classes,
+    )
 
 
 def _check_device(tensor: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> None:
