@@ -100,7 +100,9 @@ def test_cuda_is_for_devices_that_its_build_runs_on(monkeypatch):
         return "no kernel image" if device == 5 else None
 
     def radii(device):
-        return types.SimpleNamespace(shape=(4,), device=torch.device("cuda", device), is_cuda=True)
+        return types.SimpleNamespace(
+            shape=(4,), device=torch.device("cuda", device), is_cuda=True, is_cpu=False
+        )
 
     monkeypatch.setattr(_cuda, "refuses", refuses)
     monkeypatch.setattr(torch.cuda, "device", switched)
