@@ -421,16 +421,16 @@ class ClassStatistics:
         The scatter from the diagonal up.
         """
         self._add_waiting()
-        n = self.counts.double()
-        d = torch.where(self.counts[:, None] > 0, self.shift.double() - shift.double(), 0.0)
-        half = self.sums + 0.5 * n[:, None] * d  # s dᵀ + d sᵀ + n d dᵀ = half dᵀ + d halfᵀ
+        n = self._counts.double()
+        d = torch.where(n[:, None] > 0, self._shift.double() - shift.double(), 0.0)
+        half = self._sums + 0.5 * n[:, None] * d  # s dᵀ + d sᵀ + n d dᵀ = half dᵀ + d halfᵀ
         scatter = self._scatter
         if scatter is not None:
             moved = d.any(1)
             left, right = half[moved], d[moved]
             scatter = torch.addmm(scatter, left.T, right).addmm_(right.T, left)
-        sumsq = (self.sumsq + 2.0 * (half * d).sum(1)).clamp_(min=0.0)
-        return self.sums + n[:, None] * d, sumsq, scatter
+        sumsq = (self._sumsq + 2.0 * (half * d).sum(1)).clamp_(min=0.0)
+        return self._sums + n[:, None] * d, sumsq, scatter
 
     def _checked(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         check_features(features)

@@ -20,6 +20,8 @@ constexpr int64_t kChunk = 1 << 20;  // rows; not many more are sorted at once, 
 constexpr int64_t kPage = 4096;
 constexpr int64_t kSerial = 1 << 16;  // residuals below which waking a thread costs more than it saves
 
+inline int threads_for(int64_t residuals, int threads) { return residuals < kSerial ? 1 : threads; }
+
 inline size_t element_bytes(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
@@ -63,7 +65,7 @@ double checked(Real square) {
 // Zeros for results that are `fresh`.
 inline void clear(const ClassScatter& call, int threads) {
   const auto fill = [&](double* numbers, int64_t count) {
-    const int64_t parts = count < kSerial ? 1 : threads;
+    const int64_t parts = threads_for(count, threads);
     parallel_for(threads, parts, [&](int64_t i, int) {
       std::fill(numbers + part(count, i, parts), numbers + part(count, i + 1, parts), 0.0);
     });

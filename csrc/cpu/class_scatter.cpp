@@ -87,7 +87,7 @@ class Pass {
   }
 
  private:
-  int threads_for(int64_t work) const { return work < kSerial ? 1 : threads_; }
+  int threads_for(int64_t work) const { return ncfast::threads_for(work, threads_); }
 
   int32_t label_of(int64_t sorted) const { return order_[sorted].label; }
 
@@ -288,7 +288,7 @@ class Admission {
       }
       if (label_[i] >= 0) used.push_back(i);
     }
-    const int64_t rows = used.size(), parts = rows * p < kSerial ? 1 : threads;
+    const int64_t rows = used.size(), parts = threads_for(rows * p, threads);
     std::vector<Real> unused(parts * p);  // sums that nobody asks for
     for (const int64_t i : used) {
       Real* k = shift + label_[i] * p;

@@ -56,7 +56,7 @@ class SumsPass {
   SumsPass(const ClassScatter& call, const ScatterBody& body, int threads, const std::function<void()>& poll)
       : call_(call),
         body_(body),
-        threads_(call.N * call.p < kSerial ? 1 : threads),
+        threads_(threads_for(call.N * call.p, threads)),
         poll_(poll),
         turns_(call.C) {}
 
