@@ -228,6 +228,7 @@ const ScatterBody* body(Dtype dtype) {
                                     kMostTile,
                                     kFusedRows,
                                     vectors.add_rows,
+                                    vectors.add_window,
                                     vectors.move_row,
                                     pack<Feature>,
                                     multiply,

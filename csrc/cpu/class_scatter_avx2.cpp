@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "cpu/class_scatter.h"
 #include "cpu/intrinsics.h"

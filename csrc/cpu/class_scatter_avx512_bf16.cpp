@@ -94,9 +94,20 @@ void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char*) 
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   const ScatterBody& vectors = *scatter_body_avx512(dtype);
-  static const ScatterBody table = {
-      kSide,         kBlockRows, 0,       element, tile, 0, 0, vectors.add_rows, vectors.move_row,
-      pack<Feature>, multiply,   nullptr, nullptr};
+  static const ScatterBody table = {kSide,
+                                    kBlockRows,
+                                    0,
+                                    element,
+                                    tile,
+                                    0,
+                                    0,
+                                    vectors.add_rows,
+                                    vectors.add_window,
+                                    vectors.move_row,
+                                    pack<Feature>,
+                                    multiply,
+                                    nullptr,
+                                    nullptr};
   return &table;
 }
 

@@ -87,15 +87,20 @@ inline void add_to(double* sums, const Vec<Real, W>& values, int count) {
   }
 }
 
+template <class Real, int... I>
+Vec<Real, sizeof...(I)> add_halves(const Vec<Real, 2 * sizeof...(I)>& values,
+                                   std::integer_sequence<int, I...>) {
+  constexpr int kHalf = sizeof...(I);
+  return __builtin_shufflevector(values, values, I...) +
+         __builtin_shufflevector(values, values, kHalf + I...);
+}
+
 template <class Real, int W>
 inline Real sum(const Vec<Real, W>& values) {
   if constexpr (W == 2) {
     return values[0] + values[1];
   } else {
-    Vec<Real, W / 2> low, high;
-    std::memcpy(&low, &values, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
-    return sum<Real, W / 2>(low + high);
+    return sum<Real, W / 2>(add_halves<Real>(values, std::make_integer_sequence<int, W / 2>()));
   }
 }
 
@@ -112,40 +117,61 @@ struct VectorBody {
     if (j < p) run(j, static_cast<int>(p - j));
   }
 
+  static constexpr int kLine = 64;
+  static constexpr int64_t kSize = sizeof(typename Stored<Feature>::type);
+
+  // run(column, count, count of the next W) for the columns of a row, 2 W at a time and then the rest.
+  template <class Run>
+  static void for_pairs(int64_t p, const Run& run) {
+    int64_t j = 0;
+    for (; j + 2 * W <= p; j += 2 * W) run(j, W, W);
+    const int rest = static_cast<int>(p - j);
+    if (rest > 0) run(j, rest < W ? rest : W, rest < W ? 0 : rest - W);
+  }
+
+  // Asks for 2 W columns. Into the second level: as many lines into the first wait for each other longer.
+  static void ask(const char* at) {
+    __builtin_prefetch(at, 0, 2);
+    if (W * kSize >= kLine) __builtin_prefetch(at + W * kSize, 0, 2);
+  }
+
+  // Adds columns [j, j + count) of R rows of one class to its sums, and their squares to `squares`.
+  template <int R>
+  [[gnu::always_inline]] static void add_columns(const char* const* row, const char* shift, char* sums,
+                                                 int64_t j, int count, V* squares) {
+    const V k = load<Real, Real, W>(shift, j, count);
+    V total = load<Real, Real, W>(sums, j, count);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const V d = load<Feature, Real, W>(row[r], j, count) - k;
+      total += d;
+      squares[r] += d * d;
+    }
+    std::memcpy(sums + j * sizeof(Real), &total, count == W ? sizeof total : count * sizeof(Real));
+  }
+
   // R rows of one class at a time, so that the class's shift and sums are loaded once for all of them. The
   // bits do not depend on R.
   template <int R>
   static void add_side_by_side(const char* const* features, const char* const* next, const char* shift,
                                char* sums, int64_t p, Real* squares) {
-    constexpr int64_t kSize = sizeof(typename Stored<Feature>::type), kLine = 64;
     const char *row[R], *later[R];
     for (int r = 0; r < R; r++) {
       row[r] = features[r];
       later[r] = next[r];
     }
-    const auto add = [&](int64_t j, int count, V* square, bool ask) [[gnu::always_inline]] {
-      const V k = load<Real, Real, W>(shift, j, count);
-      V total = load<Real, Real, W>(sums, j, count);
+    V square[R] = {};
+    for_pairs(p, [&](int64_t j, int count, int second) [[gnu::always_inline]] {
+      V pair[R] = {};
+      add_columns<R>(row, shift, sums, j, count, pair);
+      if (second > 0) add_columns<R>(row, shift, sums, j + W, second, pair);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const V d = load<Feature, Real, W>(row[r], j, count) - k;
-        // Into the second level: as many lines into the first wait for each other longer.
-        if (ask) __builtin_prefetch(later[r] + j * kSize, 0, 2);
-        total += d;
-        square[r] += d * d;
+        ask(later[r] + j * kSize);
+        square[r] += pair[r];
       }
-      std::memcpy(sums + j * sizeof(Real), &total, count == W ? sizeof total : count * sizeof(Real));
-    };
-    // Two sums each, so that additions wait less for each other.
-    V even[R] = {}, odd[R] = {};
-    int64_t j = 0;
-    for (; j + 2 * W <= p; j += 2 * W) {
-      add(j, W, even, true);
-      add(j + W, W, odd, W * kSize >= kLine);
-    }
-    if (j + W <= p) add(j, W, even, true), j += W;
-    if (j < p) add(j, static_cast<int>(p - j), odd, true);
-    for (int r = 0; r < R; r++) squares[r] = sum<Real, W>(even[r] + odd[r]);
+    });
+    for (int r = 0; r < R; r++) squares[r] = sum<Real, W>(square[r]);
   }
 
   static void add_rows(const char* const* features, const char* const* next, int count, const char* shift,
@@ -158,7 +184,56 @@ struct VectorBody {
     for (; i < count; i++) add_side_by_side<1>(features + i, next + i, shift, to, p, out + i);
   }
 
-  static void move_row(void* sums, double* totals, int64_t p) {
+  static void add_window(const Window& window, void* squares) {
+    constexpr int kColumns = 2 * kLine / sizeof(Real);
+    static_assert(kColumns % (2 * W) == 0);
+    V square[Window::kMost];
+    for (int i = 0; i < window.count; i++) square[i] = V{};
+    int64_t j = 0;
+    for (; j + kColumns <= window.p; j += kColumns) {
+      add_block(window, j, square, [](const auto& run) [[gnu::always_inline]] {
+#pragma GCC unroll 4
+        for (int k = 0; k < kColumns; k += 2 * W) run(k, W, W);
+      });
+    }
+    if (j < window.p) {
+      const auto rest = [rest = window.p - j](const auto& run)
+                            [[gnu::always_inline]] { for_pairs(rest, run); };
+      add_block(window, j, square, rest);
+    }
+    for (int i = 0; i < window.count; i++) static_cast<Real*>(squares)[i] = sum<Real, W>(square[i]);
+  }
+
+  // The columns from `first` on that for_pairs goes through, counting from there.
+  template <class ForPairs>
+  [[gnu::always_inline]] static void add_block(const Window& window, int64_t first, V* square,
+                                               const ForPairs& for_pairs) {
+    const char* features = window.features + first * kSize;
+    const char* shift = window.shift + first * sizeof(Real);
+    char* sums = window.sums + first * sizeof(Real);
+    double* totals = window.totals + first;
+    const int64_t row_bytes = window.row_bytes, ahead = window.ahead, stride = window.stride;
+    const Window::Row* rows = window.rows;
+    for (int i = 0, count = window.count; i < count; i++) {
+      const int64_t label = rows[i].label;
+      const bool move = rows[i].move;
+      const char *row = features + rows[i].place * row_bytes, *k = shift + label * stride;
+      char* to = sums + label * stride;
+      V total = square[i];
+      for_pairs([&](int64_t j, int n, int second) [[gnu::always_inline]] {
+        V pair = {};
+        ask(row + ahead + j * kSize);
+        if (__builtin_expect(move, false))
+          move_row(to + j * sizeof(Real), totals + label * window.p + j, n + second);
+        add_columns<1>(&row, k, to, j, n, &pair);
+        if (second > 0) add_columns<1>(&row, k, to, j + W, second, &pair);
+        total += pair;
+      });
+      square[i] = total;
+    }
+  }
+
+  [[gnu::noinline]] static void move_row(void* sums, double* totals, int64_t p) {
     char* from = static_cast<char*>(sums);
     for_pieces(p, [&](int64_t j, int count) [[gnu::always_inline]] {
       add_to<Real, W>(totals + j, load<Real, Real, W>(from, j, count), count);
@@ -253,9 +328,9 @@ struct VectorBody {
 
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t block_rows) {
-    static const ScatterBody table = {W,      block_rows, 0,        element, tile<Tile>,           0,
-                                      0,      add_rows,   move_row, pack,    multiply<A, B, Tile>, nullptr,
-                                      nullptr};
+    static const ScatterBody table = {
+        W,        block_rows, 0,        element, tile<Tile>,           0,       0,
+        add_rows, add_window, move_row, pack,    multiply<A, B, Tile>, nullptr, nullptr};
     return &table;
   }
 };

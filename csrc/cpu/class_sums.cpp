@@ -2,9 +2,8 @@
 //
 // Rows are cut into pieces. In a piece the rows of a class are added in the order in which they lie, 32 in
 // float32 and those sums in float64: the same bits whichever way the piece is gone through. That is as its
-// rows lie, which the processor's prefetchers follow, each added to the sums of its class that the thread
-// holds in the cache; or class by class, where sums would crowd the cache or threads lack a piece of their
-// own.
+// rows lie, which the processor's prefetchers follow, each added to the sums of its class; or class by class,
+// where sums would crowd the cache or threads lack a piece of their own.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -18,8 +17,22 @@
 namespace ncfast {
 namespace {
 
+constexpr int64_t kLine = 64;   // bytes
 constexpr int64_t kTasks = 32;  // of a piece that is read class by class
 constexpr int64_t kHeld = 32;   // rows; no float32 sum is longer
+
+int64_t real_bytes(const ClassScatter& call) {
+  return std::max<int64_t>(element_bytes(call.dtype), sizeof(float));
+}
+
+// Whether rows that are read as they lie are best gone through a few columns at a time: if shifts and sums
+// crowd the first level of the cache and leave half of the second one to the rows. Numbers of 16 bits come so
+// fast that it gains nothing; with AMX it was not tried.
+bool suits_blocks(const ClassScatter& call, Isa isa) {
+  constexpr int64_t kFirstLevel = 24 << 10, kSecondLevel = 1 << 20;
+  const int64_t bytes = 2 * call.C * call.p * real_bytes(call);
+  return isa != Isa::amx && element_bytes(call.dtype) > 2 && bytes > kFirstLevel && bytes <= kSecondLevel / 2;
+}
 
 // Whether rows are best read as they lie: if they are short, if not so short that a call for each takes
 // longer than reading it, and shifts and sums stay in the cache.
@@ -29,10 +42,11 @@ bool suits_storage_order(const ClassScatter& call, Isa isa) {
   // Bytes of all classes, per byte of an element. With AMX they stay in a second-level cache of 2 MiB: the
   // third level is slow there, and more was not measured.
   constexpr int64_t kMost = 1 << 21, kMostOnAmx = 1 << 18, kMostOfLongRows = 1 << 17;
-  const int64_t element = element_bytes(call.dtype), real = std::max<int64_t>(element, sizeof(float));
+  if (call.p < kShortestRow || call.p > kLongestRow) return false;
   const int64_t most = call.p > kShortRow ? kMostOfLongRows : isa == Isa::amx ? kMostOnAmx : kMost;
-  const int64_t of_class = call.p * (2 * real + sizeof(double)) + kBeside;
-  return call.p >= kShortestRow && call.p <= kLongestRow && call.C * of_class <= most * element;
+  const int64_t of_class = call.p * (2 * real_bytes(call) + sizeof(double)) + kBeside;
+  return suits_blocks(call, isa) ||
+         call.C * of_class <= most * static_cast<int64_t>(element_bytes(call.dtype));
 }
 
 // Small pieces keep the rows of a class near each other in memory, and threads busy; but each costs a visit
@@ -44,7 +58,7 @@ int64_t count_pieces(const ClassScatter& call, bool storage_order) {
   const int64_t C = std::min(call.C, kChunk / 128);
   int64_t pieces = std::max<int64_t>(1, call.N / std::max(least, (storage_order ? 128 : 64) * C));
   if (storage_order)
-    pieces = std::max(pieces, std::min<int64_t>(4, call.N / std::max<int64_t>(1024, 16 * C)));
+    pieces = std::max(pieces, std::min<int64_t>(4, call.N / std::max<int64_t>(1024, 32 * C)));
   // Few pieces are best shared out evenly, to 2, 4 or 8 threads.
   while (pieces < 64 && (pieces & (pieces - 1))) pieces &= pieces - 1;
   return pieces;
@@ -91,46 +105,107 @@ class SumsPass {
     return static_cast<const char*>(call_.shift) + c * call_.p * sizeof(Real);
   }
 
+  // A few pieces at a time: their rows, and then what they have of each class.
   void read_in_storage_order(Isa isa) {
-    const int64_t C = call_.C, p = call_.p;
+    const int64_t C = call_.C, p = call_.p, row_bytes = p * sizeof(Real);
     // Rows of a power of two are a line apart, as they would share few sets of the first-level cache.
-    const int64_t stride = p + (p * sizeof(Real) % 512 ? 0 : 64 / sizeof(Real));
-    const size_t held_bytes = round_up(C * stride * sizeof(Real), kPage);
+    const int64_t stride = row_bytes + (row_bytes % 512 ? 0 : kLine);
+    const size_t held_bytes = round_up(C * stride, kPage);
     const size_t bytes = held_bytes + round_up(C * p * sizeof(double), kPage);
-    Memory<char> memory = allocate_or_kept(threads_ * bytes);
-    std::vector<std::vector<Share>> shares(threads_, std::vector<Share>(C));
-    std::vector<char> begun(threads_);
-    // Processors with AMX look far enough ahead by themselves.
-    const int64_t row = p * element_bytes(call_.dtype), ahead = isa == Isa::amx ? 0 : (8192 + row - 1) / row;
-    for_pieces([&](int64_t piece, int slot) {
-      std::vector<Share>& share = shares[slot];
-      if (!begun[slot]) {
-        begun[slot] = true;
-        char* at = memory.get() + slot * bytes;
-        std::fill_n(reinterpret_cast<Real*>(at), C * stride, Real(0));
-        for (int64_t c = 0; c < C; c++) {
-          share[c].held = reinterpret_cast<Real*>(at) + c * stride;
-          share[c].totals = reinterpret_cast<double*>(at + held_bytes) + c * p;
+    constexpr int64_t kMemory = 12 << 20;  // or what one piece of each thread takes
+    const int64_t room = std::max<int64_t>(1, kMemory / (bytes * threads_)) * threads_;
+    const int64_t together = std::min({pieces_, std::max<int64_t>(pieces_of_chunk(), threads_), room});
+    Memory<char> memory = allocate_or_kept(held_bytes + together * bytes);
+    const bool blocks = suits_blocks(call_, isa);
+    char* shifts = memory.get() + together * bytes;
+    for (int64_t c = 0; c < C && blocks; c++) std::memcpy(shifts + c * stride, shift(c), row_bytes);
+    std::vector<std::vector<Share>> shares(together, std::vector<Share>(C));
+    for (int64_t first = 0; first < pieces_ && !outside_; first += together) {
+      poll_();
+      const int64_t count = std::min(together, pieces_ - first);
+      parallel_for(threads_, count, [&](int64_t i, int) {
+        char* held = memory.get() + i * bytes;
+        if (first == 0) {
+          std::memset(held, 0, held_bytes);
+          for (int64_t c = 0; c < C; c++) {
+            shares[i][c].held = reinterpret_cast<Real*>(held + c * stride);
+            shares[i][c].totals = reinterpret_cast<double*>(held + held_bytes) + c * p;
+          }
         }
+        if (blocks) {
+          read_windows(first + i, shifts, held, stride, shares[i].data());
+        } else {
+          read_rows(first + i, isa, shares[i].data());
+        }
+      });
+      const int64_t parts = std::min<int64_t>(C, 8 * threads_);
+      parallel_for(threads_, parts, [&](int64_t at, int) {
+        const int64_t end = part(C, at + 1, parts);
+        for (int64_t c = part(C, at, parts); c < end; c++) {
+          for (int64_t i = 0; i < count; i++) {
+            // Another thread may have written it: the next row is asked for.
+            for (int64_t line = 0; line < row_bytes && c + 1 < end; line += kLine)
+              __builtin_prefetch(reinterpret_cast<const char*>(shares[i][c + 1].held) + line, 1);
+            add(first + i, c, shares[i][c]);
+          }
+        }
+      });
+    }
+    keep(std::move(memory));
+  }
+
+  // Row by row.
+  void read_rows(int64_t piece, Isa isa, Share* shares) {
+    constexpr int64_t kBytesAhead = 8 << 10;
+    // Processors with AMX look far enough ahead by themselves.
+    const int64_t row_bytes = call_.p * element_bytes(call_.dtype);
+    const int64_t ahead = isa == Isa::amx ? 0 : (kBytesAhead + row_bytes - 1) / row_bytes;
+    const int64_t end = first_row(piece + 1);
+    for (int64_t i = first_row(piece); i < end; i++) {
+      const int64_t c = class_at(call_, i);
+      if (c < 0) {
+        leave_out(i, c);
+        continue;
       }
-      const int64_t end = first_row(piece + 1);
-      for (int64_t i = first_row(piece); i < end; i++) {
+      const char* features = feature_row(call_, i);
+      const char* next = feature_row(call_, std::min(i + ahead, end - 1));
+      add_rows(&features, &next, &i, 1, c, shares[c]);
+    }
+  }
+
+  // A few columns of many rows at a time. Each window asks for the next one.
+  void read_windows(int64_t piece, const char* shifts, char* held, int64_t stride, Share* shares) {
+    Window::Row rows[Window::kMost];
+    Real squares[Window::kMost];
+    Window window;
+    window.rows = rows;
+    window.row_bytes = call_.row_bytes;
+    window.p = call_.p;
+    window.shift = shifts;
+    window.sums = held;
+    window.stride = stride;
+    window.totals = shares[0].totals;
+    const int64_t end = first_row(piece + 1);
+    for (int64_t first = first_row(piece); first < end; first += Window::kMost) {
+      const int64_t last = std::min(end, first + Window::kMost);
+      window.count = 0;
+      for (int64_t i = first; i < last; i++) {
         const int64_t c = class_at(call_, i);
         if (c < 0) {
           leave_out(i, c);
           continue;
         }
-        const char* features = feature_row(call_, i);
-        const char* next = feature_row(call_, std::min(i + ahead, end - 1));
-        add_rows(&features, &next, &i, 1, c, share[c]);
+        Window::Row& row = rows[window.count++];
+        row.place = static_cast<uint32_t>(i - first);
+        row.label = static_cast<uint32_t>(c);
+        row.move = begin_rows(shares[c], 1);
       }
-      for (int64_t c = 0; c < C; c++) {
-        // Threads close behind each other would pass lines of the cache to and fro.
-        if (c % 32 == 0) await_turn(piece, std::min(C - 1, c + 31));
-        add(piece, c, share[c]);
-      }
-    });
-    keep(std::move(memory));
+      window.features = feature_row(call_, first);
+      window.ahead = last + Window::kMost <= end ? Window::kMost * call_.row_bytes : 0;
+      body_.add_window(window, squares);
+      for (int i = 0; i < window.count; i++)
+        add_square(shares[rows[i].label], squares[i], first + rows[i].place);
+    }
   }
 
   void read_by_class() {
@@ -139,9 +214,19 @@ class SumsPass {
     Memory<char> memory = allocate_or_kept(threads_ * bytes);
     std::fill_n(memory.get(), threads_ * bytes, 0);
     std::vector<Order> orders;
-    for (int64_t i = 0; i < pieces_of_chunk(); i++) orders.emplace_back(call_, call_.N / pieces_ + 1, 1);
-    for_chunks([&](int64_t first, int64_t last) {
-      parallel_for(threads_, last - first, [&](int64_t i, int) { sort(orders[i], first + i); });
+    const int64_t together = pieces_of_chunk();
+    // Pieces are sorted one by each thread, or, if they are few, one after the other by all.
+    const bool few = together < threads_;
+    for (int64_t i = 0; i < together; i++)
+      orders.emplace_back(call_, call_.N / pieces_ + 1, few ? threads_ : 1);
+    for (int64_t first = 0; first < pieces_ && !outside_; first += together) {
+      poll_();
+      const int64_t last = std::min(pieces_, first + together);
+      if (few) {
+        for (int64_t i = first; i < last; i++) sort(orders[i - first], i);
+      } else {
+        parallel_for(threads_, last - first, [&](int64_t i, int) { sort(orders[i], first + i); });
+      }
       parallel_for(threads_, (last - first) * kTasks, [&](int64_t task, int slot) {
         const int64_t piece = first + task / kTasks;
         const Order& order = orders[piece - first];
@@ -152,10 +237,13 @@ class SumsPass {
         int64_t row = order.begin_of(begin);
         for (int64_t c = begin; c < end; c++) {
           row = add_class(order, row, first_row(piece), c, share);
+          // Pieces, and tasks within them, are handed out in order, so whoever is waited for is at work.
+          while (turns_[c].load(std::memory_order_acquire) != piece) std::this_thread::yield();
           add(piece, c, share);
+          turns_[c].store(piece + 1, std::memory_order_release);
         }
       });
-    });
+    }
     keep(std::move(memory));
   }
 
@@ -192,24 +280,6 @@ class SumsPass {
     return std::clamp<int64_t>(rows / std::max<int64_t>(1, call_.N / pieces_), 1, pieces_);
   }
 
-  // run(first, last) for the pieces of a chunk.
-  template <class Run>
-  void for_chunks(const Run& run) {
-    const int64_t together = pieces_of_chunk();
-    for (int64_t first = 0; first < pieces_ && !outside_; first += together) {
-      poll_();
-      run(first, std::min(pieces_, first + together));
-    }
-  }
-
-  // run(piece, slot), by all threads.
-  template <class Run>
-  void for_pieces(const Run& run) {
-    for_chunks([&](int64_t first, int64_t last) {
-      parallel_for(threads_, last - first, [&](int64_t i, int slot) { run(first + i, slot); });
-    });
-  }
-
   void sort(Order& order, int64_t piece) {
     const int64_t first = first_row(piece), rows = first_row(piece + 1) - first;
     if (!order.sort(call_, first, rows)) outside_ = true;
@@ -224,27 +294,27 @@ class SumsPass {
   // Rows of class c at `places`, which do not go beyond its next multiple of kHeld.
   void add_rows(const char* const* features, const char* const* next, const int64_t* places, int count,
                 int64_t c, Share& share) {
-    if (share.rows > 0 && share.rows % kHeld == 0) {
-      if (share.rows == kHeld) std::fill_n(share.totals, call_.p, 0.0);
-      body_.move_row(share.held, share.totals, call_.p);
-    }
-    share.rows += count;
+    if (begin_rows(share, count)) body_.move_row(share.held, share.totals, call_.p);
     Real squares[kHeld];
     body_.add_rows(features, next, count, shift(c), share.held, call_.p, squares);
-    for (int r = 0; r < count; r++) {
-      share.sumsq += checked(squares[r]);
-      if (call_.radii) static_cast<Real*>(call_.radii)[places[r]] = std::sqrt(squares[r]);
-    }
+    for (int r = 0; r < count; r++) add_square(share, squares[r], places[r]);
   }
 
-  // Pieces, and tasks within them, are handed out in order, so whoever is waited for is at work.
-  void await_turn(int64_t piece, int64_t c) const {
-    while (turns_[c].load(std::memory_order_acquire) != piece) std::this_thread::yield();
+  // Before `count` rows of a class are added. Returns whether what is held must be moved to the totals first.
+  bool begin_rows(Share& share, int count) const {
+    const bool move = share.rows > 0 && share.rows % kHeld == 0;
+    if (move && share.rows == kHeld) std::fill_n(share.totals, call_.p, 0.0);
+    share.rows += count;
+    return move;
+  }
+
+  void add_square(Share& share, Real square, int64_t row) {
+    share.sumsq += checked(square);
+    if (call_.radii) static_cast<Real*>(call_.radii)[row] = std::sqrt(square);
   }
 
   // To the results, piece by piece; what is held becomes zero.
   void add(int64_t piece, int64_t c, Share& share) {
-    await_turn(piece, c);
     const int64_t p = call_.p;
     double* sums = call_.sums + c * p;
     if (clears_ && piece == 0) {
@@ -262,7 +332,6 @@ class SumsPass {
       share.rows = 0;
       share.sumsq = 0.0;
     }
-    turns_[c].store(piece + 1, std::memory_order_release);
   }
 
   const ClassScatter& call_;
