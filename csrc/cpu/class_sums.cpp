@@ -2,11 +2,13 @@
 //
 // Rows are cut into pieces. In a piece the rows of a class are added in the order in which they lie, 32 in
 // float32 and those sums in float64: the same bits whichever way the piece is gone through. That is as its
-// rows lie, which the processor's prefetchers follow, each added to the sums of its class; or class by class,
-// where sums would crowd the cache or threads lack a piece of their own.
+// rows lie, which the processor's prefetchers follow, each added to the sums of its class that the thread
+// holds in the cache: row by row, or a few columns of many rows at a time; or class by class, where sums
+// would crowd the cache or threads lack a piece of their own.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -45,8 +47,7 @@ bool suits_storage_order(const ClassScatter& call, Isa isa) {
   if (call.p < kShortestRow || call.p > kLongestRow) return false;
   const int64_t most = call.p > kShortRow ? kMostOfLongRows : isa == Isa::amx ? kMostOnAmx : kMost;
   const int64_t of_class = call.p * (2 * real_bytes(call) + sizeof(double)) + kBeside;
-  return suits_blocks(call, isa) ||
-         call.C * of_class <= most * static_cast<int64_t>(element_bytes(call.dtype));
+  return call.C * of_class <= most * static_cast<int64_t>(element_bytes(call.dtype));
 }
 
 // Small pieces keep the rows of a class near each other in memory, and threads busy; but each costs a visit
@@ -58,7 +59,7 @@ int64_t count_pieces(const ClassScatter& call, bool storage_order) {
   const int64_t C = std::min(call.C, kChunk / 128);
   int64_t pieces = std::max<int64_t>(1, call.N / std::max(least, (storage_order ? 128 : 64) * C));
   if (storage_order)
-    pieces = std::max(pieces, std::min<int64_t>(4, call.N / std::max<int64_t>(1024, 32 * C)));
+    pieces = std::max(pieces, std::min<int64_t>(4, call.N / std::max<int64_t>(1024, 16 * C)));
   // Few pieces are best shared out evenly, to 2, 4 or 8 threads.
   while (pieces < 64 && (pieces & (pieces - 1))) pieces &= pieces - 1;
   return pieces;
@@ -105,62 +106,49 @@ class SumsPass {
     return static_cast<const char*>(call_.shift) + c * call_.p * sizeof(Real);
   }
 
-  // A few pieces at a time: their rows, and then what they have of each class.
   void read_in_storage_order(Isa isa) {
     const int64_t C = call_.C, p = call_.p, row_bytes = p * sizeof(Real);
     // Rows of a power of two are a line apart, as they would share few sets of the first-level cache.
     const int64_t stride = row_bytes + (row_bytes % 512 ? 0 : kLine);
-    const size_t held_bytes = round_up(C * stride, kPage);
-    const size_t bytes = held_bytes + round_up(C * p * sizeof(double), kPage);
-    constexpr int64_t kMemory = 12 << 20;  // or what one piece of each thread takes
-    const int64_t room = std::max<int64_t>(1, kMemory / (bytes * threads_)) * threads_;
-    const int64_t together = std::min({pieces_, std::max<int64_t>(pieces_of_chunk(), threads_), room});
-    Memory<char> memory = allocate_or_kept(held_bytes + together * bytes);
+    const int64_t held_bytes = round_up(C * stride, kPage);
+    const int64_t bytes = held_bytes + round_up(C * p * sizeof(double), kPage);
+    Memory<char> memory = allocate_or_kept(threads_ * bytes + held_bytes);
     const bool blocks = suits_blocks(call_, isa);
-    char* shifts = memory.get() + together * bytes;
+    char* shifts = memory.get() + threads_ * bytes;
     for (int64_t c = 0; c < C && blocks; c++) std::memcpy(shifts + c * stride, shift(c), row_bytes);
-    std::vector<std::vector<Share>> shares(together, std::vector<Share>(C));
-    for (int64_t first = 0; first < pieces_ && !outside_; first += together) {
-      poll_();
-      const int64_t count = std::min(together, pieces_ - first);
-      parallel_for(threads_, count, [&](int64_t i, int) {
-        char* held = memory.get() + i * bytes;
-        if (first == 0) {
-          std::memset(held, 0, held_bytes);
-          for (int64_t c = 0; c < C; c++) {
-            shares[i][c].held = reinterpret_cast<Real*>(held + c * stride);
-            shares[i][c].totals = reinterpret_cast<double*>(held + held_bytes) + c * p;
-          }
+    std::vector<std::vector<Share>> shares(threads_, std::vector<Share>(C));
+    std::vector<char> begun(threads_);
+    for_pieces([&](int64_t piece, int slot) {
+      std::vector<Share>& share = shares[slot];
+      char* held = memory.get() + slot * bytes;
+      double* totals = reinterpret_cast<double*>(held + held_bytes);
+      if (!begun[slot]) {
+        begun[slot] = true;
+        std::memset(held, 0, held_bytes);
+        for (int64_t c = 0; c < C; c++) {
+          share[c].held = reinterpret_cast<Real*>(held + c * stride);
+          share[c].totals = totals + c * p;
         }
-        if (blocks) {
-          read_windows(first + i, shifts, held, stride, shares[i].data());
-        } else {
-          read_rows(first + i, isa, shares[i].data());
-        }
-      });
-      const int64_t parts = std::min<int64_t>(C, 8 * threads_);
-      parallel_for(threads_, parts, [&](int64_t at, int) {
-        const int64_t end = part(C, at + 1, parts);
-        for (int64_t c = part(C, at, parts); c < end; c++) {
-          for (int64_t i = 0; i < count; i++) {
-            // Another thread may have written it: the next row is asked for.
-            for (int64_t line = 0; line < row_bytes && c + 1 < end; line += kLine)
-              __builtin_prefetch(reinterpret_cast<const char*>(shares[i][c + 1].held) + line, 1);
-            add(first + i, c, shares[i][c]);
-          }
-        }
-      });
-    }
+      }
+      if (blocks) {
+        read_windows(piece, shifts, held, stride, totals, share);
+      } else {
+        read_rows(piece, isa, share);
+      }
+      for (int64_t c = 0; c < C; c++) {
+        // Threads close behind each other would pass lines of the cache to and fro.
+        if (c % 32 == 0) await_turn(piece, std::min(C - 1, c + 31));
+        add(piece, c, share[c]);
+      }
+    });
     keep(std::move(memory));
   }
 
-  // Row by row.
-  void read_rows(int64_t piece, Isa isa, Share* shares) {
+  void read_rows(int64_t piece, Isa isa, std::vector<Share>& shares) {
     constexpr int64_t kBytesAhead = 8 << 10;
     // Processors with AMX look far enough ahead by themselves.
-    const int64_t row_bytes = call_.p * element_bytes(call_.dtype);
+    const int64_t row_bytes = call_.p * element_bytes(call_.dtype), end = first_row(piece + 1);
     const int64_t ahead = isa == Isa::amx ? 0 : (kBytesAhead + row_bytes - 1) / row_bytes;
-    const int64_t end = first_row(piece + 1);
     for (int64_t i = first_row(piece); i < end; i++) {
       const int64_t c = class_at(call_, i);
       if (c < 0) {
@@ -173,8 +161,9 @@ class SumsPass {
     }
   }
 
-  // A few columns of many rows at a time. Each window asks for the next one.
-  void read_windows(int64_t piece, const char* shifts, char* held, int64_t stride, Share* shares) {
+  // Each window asks for the next one.
+  void read_windows(int64_t piece, const char* shifts, char* held, int64_t stride, double* totals,
+                    std::vector<Share>& shares) {
     Window::Row rows[Window::kMost];
     Real squares[Window::kMost];
     Window window;
@@ -184,7 +173,7 @@ class SumsPass {
     window.shift = shifts;
     window.sums = held;
     window.stride = stride;
-    window.totals = shares[0].totals;
+    window.totals = totals;
     const int64_t end = first_row(piece + 1);
     for (int64_t first = first_row(piece); first < end; first += Window::kMost) {
       const int64_t last = std::min(end, first + Window::kMost);
@@ -219,9 +208,7 @@ class SumsPass {
     const bool few = together < threads_;
     for (int64_t i = 0; i < together; i++)
       orders.emplace_back(call_, call_.N / pieces_ + 1, few ? threads_ : 1);
-    for (int64_t first = 0; first < pieces_ && !outside_; first += together) {
-      poll_();
-      const int64_t last = std::min(pieces_, first + together);
+    for_chunks([&](int64_t first, int64_t last) {
       if (few) {
         for (int64_t i = first; i < last; i++) sort(orders[i - first], i);
       } else {
@@ -237,13 +224,10 @@ class SumsPass {
         int64_t row = order.begin_of(begin);
         for (int64_t c = begin; c < end; c++) {
           row = add_class(order, row, first_row(piece), c, share);
-          // Pieces, and tasks within them, are handed out in order, so whoever is waited for is at work.
-          while (turns_[c].load(std::memory_order_acquire) != piece) std::this_thread::yield();
           add(piece, c, share);
-          turns_[c].store(piece + 1, std::memory_order_release);
         }
       });
-    }
+    });
     keep(std::move(memory));
   }
 
@@ -280,6 +264,24 @@ class SumsPass {
     return std::clamp<int64_t>(rows / std::max<int64_t>(1, call_.N / pieces_), 1, pieces_);
   }
 
+  // run(first, last) for the pieces of a chunk.
+  template <class Run>
+  void for_chunks(const Run& run) {
+    const int64_t together = pieces_of_chunk();
+    for (int64_t first = 0; first < pieces_ && !outside_; first += together) {
+      poll_();
+      run(first, std::min(pieces_, first + together));
+    }
+  }
+
+  // run(piece, slot), by all threads.
+  template <class Run>
+  void for_pieces(const Run& run) {
+    for_chunks([&](int64_t first, int64_t last) {
+      parallel_for(threads_, last - first, [&](int64_t i, int slot) { run(first + i, slot); });
+    });
+  }
+
   void sort(Order& order, int64_t piece) {
     const int64_t first = first_row(piece), rows = first_row(piece + 1) - first;
     if (!order.sort(call_, first, rows)) outside_ = true;
@@ -313,8 +315,14 @@ class SumsPass {
     if (call_.radii) static_cast<Real*>(call_.radii)[row] = std::sqrt(square);
   }
 
+  // Pieces, and tasks within them, are handed out in order, so whoever is waited for is at work.
+  void await_turn(int64_t piece, int64_t c) const {
+    while (turns_[c].load(std::memory_order_acquire) != piece) std::this_thread::yield();
+  }
+
   // To the results, piece by piece; what is held becomes zero.
   void add(int64_t piece, int64_t c, Share& share) {
+    await_turn(piece, c);
     const int64_t p = call_.p;
     double* sums = call_.sums + c * p;
     if (clears_ && piece == 0) {
@@ -332,6 +340,7 @@ class SumsPass {
       share.rows = 0;
       share.sumsq = 0.0;
     }
+    turns_[c].store(piece + 1, std::memory_order_release);
   }
 
   const ClassScatter& call_;

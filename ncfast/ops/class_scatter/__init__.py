@@ -173,7 +173,7 @@ def _checked(
     **options: Any,
 ) -> ClassScatter:
     """`run` a backend's operation, and on the CPU raise for labels out of range and numbers not finite."""
-    on_cpu = features.device.type == "cpu"
+    on_cpu = features.is_cpu
     checked = dispatch.beside(run, "class_scatter_checked") if on_cpu else None
     if on_cpu and checked is None:
         check_label_range(labels, shift.shape[0], ignore_index)
