@@ -37,8 +37,8 @@ SHAPES = [  # N, p, C
     (2100, 260, 2),  # a class longer than a block
     (17_000, 5, 1500),  # more than one block of the streaming pass, class by class
     (20_000, 5, 3),  # without the scatter, rows as they lie, and classes with more than is held in float32
-    (20_000, 40, 200),  # the same, a few columns at a time
-    (20_000, 300, 60),  # the same with longer rows
+    (20_000, 40, 200),  # the same, and classes with less
+    (20_000, 300, 60),  # the same, a few columns of many rows at a time
     (20_000, 95, 3),  # strips packed and multiplied in one stage, classes longer than a strip
     (140_000, 65, 20),  # more than one block of those
 ]

@@ -27,13 +27,14 @@ int64_t real_bytes(const ClassScatter& call) {
   return std::max<int64_t>(element_bytes(call.dtype), sizeof(float));
 }
 
-// Whether rows that are read as they lie are best gone through a few columns at a time: if shifts and sums
-// crowd the first level of the cache and leave half of the second one to the rows. Numbers of 16 bits come so
-// fast that it gains nothing; with AMX it was not tried.
-bool suits_blocks(const ClassScatter& call, Isa isa) {
-  constexpr int64_t kFirstLevel = 24 << 10, kSecondLevel = 1 << 20;
-  const int64_t bytes = 2 * call.C * call.p * real_bytes(call);
-  return isa != Isa::amx && element_bytes(call.dtype) > 2 && bytes > kFirstLevel && bytes <= kSecondLevel / 2;
+// Whether rows that are read as they lie are best gone through a few columns at a time: if they are long
+// enough, and shifts and sums crowd the first level of the cache and leave half of the second one to the
+// rows. Numbers of 16 bits come so fast that it gains nothing; with AMX it was not tried.
+bool suits_windows(const ClassScatter& call, Isa isa) {
+  constexpr int64_t kLeastRow = 768, kFirstLevel = 24 << 10, kSecondLevel = 1 << 20;  // bytes
+  const int64_t bytes = call.p * real_bytes(call), all = 2 * call.C * bytes;
+  return isa != Isa::amx && element_bytes(call.dtype) > 2 && bytes >= kLeastRow && all > kFirstLevel &&
+         all <= kSecondLevel / 2;
 }
 
 // Whether rows are best read as they lie: if they are short, if not so short that a call for each takes
@@ -113,9 +114,9 @@ class SumsPass {
     const int64_t held_bytes = round_up(C * stride, kPage);
     const int64_t bytes = held_bytes + round_up(C * p * sizeof(double), kPage);
     Memory<char> memory = allocate_or_kept(threads_ * bytes + held_bytes);
-    const bool blocks = suits_blocks(call_, isa);
+    const bool windows = suits_windows(call_, isa);
     char* shifts = memory.get() + threads_ * bytes;
-    for (int64_t c = 0; c < C && blocks; c++) std::memcpy(shifts + c * stride, shift(c), row_bytes);
+    for (int64_t c = 0; c < C && windows; c++) std::memcpy(shifts + c * stride, shift(c), row_bytes);
     std::vector<std::vector<Share>> shares(threads_, std::vector<Share>(C));
     std::vector<char> begun(threads_);
     for_pieces([&](int64_t piece, int slot) {
@@ -130,7 +131,7 @@ class SumsPass {
           share[c].totals = totals + c * p;
         }
       }
-      if (blocks) {
+      if (windows) {
         read_windows(piece, shifts, held, stride, totals, share);
       } else {
         read_rows(piece, isa, share);
