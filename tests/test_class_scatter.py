@@ -275,6 +275,41 @@ def test_one_large_class_among_small_and_absent_ones(monkeypatch, shape):
             assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
 
 
+@pytest.mark.parametrize(
+    ("order", "p", "dtype"),
+    [
+        ("mixed", 213, torch.float32),  # p leaves a rest of 21 columns
+        ("mixed", 256, torch.float64),  # none
+        ("by class", 256, torch.float32),
+        ("apart", 201, torch.float64),
+        ("one row", 201, torch.float32),
+    ],
+)
+def test_windows(isa, monkeypatch, order, p, dtype):
+    """By one and two threads rows are read a window at a time, by eight class by class: the same bits."""
+    features, labels, shift = sample(20_000, p, 60, dtype)
+    labels[1_000:1_200] = -100  # more than a window
+    if order == "by class":
+        labels = labels.sort().values
+    elif order == "apart":
+        features = torch.stack([features, torch.full_like(features, torch.nan)], dim=1)[:, 0]
+    elif order == "one row":
+        features = features[:1].expand(20_000, p)
+    truth = on_reference(features, labels, shift, scatter=False, radii=True)
+    results = []
+    for threads in (1, 2, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(on_cpu(features, labels, shift, scatter=False, radii=True))
+        outside = labels.clone()
+        outside[15_000] = 60
+        with pytest.raises(ValueError, match="label 60 in row 15000"):
+            on_cpu(features, outside, shift, scatter=False)
+    assert_close(results[0], truth, features, labels, shift, isa, "high")
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+
+
 def test_forced_isa(monkeypatch):
     data = sample(10, 3, 2)
     monkeypatch.setenv("NCFAST_CPU_ISA", "mmx")

@@ -77,6 +77,8 @@ struct WaitingRows {
 Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, int threads,
                             const WaitingRows& waiting);
 
+constexpr int kLine = 64;  // bytes of a line of the cache
+
 // Rows as they lie, of many classes.
 struct Window {
   static constexpr int kMost = 64;  // rows

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "cpu/class_scatter.h"
 #include "cpu/intrinsics.h"

@@ -1,7 +1,6 @@
 // class_scatter in plain C++, with the vectors of the compiler's baseline.
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "cpu/class_scatter.h"
 

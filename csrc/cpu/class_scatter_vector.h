@@ -87,20 +87,15 @@ inline void add_to(double* sums, const Vec<Real, W>& values, int count) {
   }
 }
 
-template <class Real, int... I>
-Vec<Real, sizeof...(I)> add_halves(const Vec<Real, 2 * sizeof...(I)>& values,
-                                   std::integer_sequence<int, I...>) {
-  constexpr int kHalf = sizeof...(I);
-  return __builtin_shufflevector(values, values, I...) +
-         __builtin_shufflevector(values, values, kHalf + I...);
-}
-
 template <class Real, int W>
 inline Real sum(const Vec<Real, W>& values) {
   if constexpr (W == 2) {
     return values[0] + values[1];
   } else {
-    return sum<Real, W / 2>(add_halves<Real>(values, std::make_integer_sequence<int, W / 2>()));
+    Vec<Real, W / 2> low, high;
+    std::memcpy(&low, &values, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
+    return sum<Real, W / 2>(low + high);
   }
 }
 
@@ -117,10 +112,11 @@ struct VectorBody {
     if (j < p) run(j, static_cast<int>(p - j));
   }
 
-  static constexpr int kLine = 64;
   static constexpr int64_t kSize = sizeof(typename Stored<Feature>::type);
 
-  // run(column, count, count of the next W) for the columns of a row, 2 W at a time and then the rest.
+  // run(column, count, count of the next W) for the columns of a row, 2 W at a time and then the rest. The
+  // squares of a pair are added to each other before they are added to those of the row, so that fewer
+  // additions wait for each other.
   template <class Run>
   static void for_pairs(int64_t p, const Run& run) {
     int64_t j = 0;
@@ -191,23 +187,22 @@ struct VectorBody {
     for (int i = 0; i < window.count; i++) square[i] = V{};
     int64_t j = 0;
     for (; j + kColumns <= window.p; j += kColumns) {
-      add_block(window, j, square, [](const auto& run) [[gnu::always_inline]] {
+      add_slice(window, j, square, [](const auto& run) [[gnu::always_inline]] {
 #pragma GCC unroll 4
         for (int k = 0; k < kColumns; k += 2 * W) run(k, W, W);
       });
     }
     if (j < window.p) {
-      const auto rest = [rest = window.p - j](const auto& run)
-                            [[gnu::always_inline]] { for_pairs(rest, run); };
-      add_block(window, j, square, rest);
+      const auto rest = [p = window.p - j](const auto& run) [[gnu::always_inline]] { for_pairs(p, run); };
+      add_slice(window, j, square, rest);
     }
     for (int i = 0; i < window.count; i++) static_cast<Real*>(squares)[i] = sum<Real, W>(square[i]);
   }
 
-  // The columns from `first` on that for_pairs goes through, counting from there.
-  template <class ForPairs>
-  [[gnu::always_inline]] static void add_block(const Window& window, int64_t first, V* square,
-                                               const ForPairs& for_pairs) {
+  // The columns of a window from `first` on; go_through(run) does what for_pairs does, counting from there.
+  template <class GoThrough>
+  [[gnu::always_inline]] static void add_slice(const Window& window, int64_t first, V* square,
+                                               const GoThrough& go_through) {
     const char* features = window.features + first * kSize;
     const char* shift = window.shift + first * sizeof(Real);
     char* sums = window.sums + first * sizeof(Real);
@@ -220,7 +215,7 @@ struct VectorBody {
       const char *row = features + rows[i].place * row_bytes, *k = shift + label * stride;
       char* to = sums + label * stride;
       V total = square[i];
-      for_pairs([&](int64_t j, int n, int second) [[gnu::always_inline]] {
+      go_through([&](int64_t j, int n, int second) [[gnu::always_inline]] {
         V pair = {};
         ask(row + ahead + j * kSize);
         if (__builtin_expect(move, false))

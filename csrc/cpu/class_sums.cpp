@@ -19,7 +19,6 @@
 namespace ncfast {
 namespace {
 
-constexpr int64_t kLine = 64;   // bytes
 constexpr int64_t kTasks = 32;  // of a piece that is read class by class
 constexpr int64_t kHeld = 32;   // rows; no float32 sum is longer
 
@@ -113,26 +112,27 @@ class SumsPass {
     const int64_t stride = row_bytes + (row_bytes % 512 ? 0 : kLine);
     const int64_t held_bytes = round_up(C * stride, kPage);
     const int64_t bytes = held_bytes + round_up(C * p * sizeof(double), kPage);
-    Memory<char> memory = allocate_or_kept(threads_ * bytes + held_bytes);
     const bool windows = suits_windows(call_, isa);
-    char* shifts = memory.get() + threads_ * bytes;
-    for (int64_t c = 0; c < C && windows; c++) std::memcpy(shifts + c * stride, shift(c), row_bytes);
+    Memory<char> memory = allocate_or_kept(threads_ * bytes + (windows ? held_bytes : 0));
+    char* shifts = memory.get() + threads_ * bytes;  // a line apart, as well
+    if (windows) {
+      for (int64_t c = 0; c < C; c++) std::memcpy(shifts + c * stride, shift(c), row_bytes);
+    }
     std::vector<std::vector<Share>> shares(threads_, std::vector<Share>(C));
     std::vector<char> begun(threads_);
     for_pieces([&](int64_t piece, int slot) {
       std::vector<Share>& share = shares[slot];
-      char* held = memory.get() + slot * bytes;
-      double* totals = reinterpret_cast<double*>(held + held_bytes);
       if (!begun[slot]) {
         begun[slot] = true;
+        char* held = memory.get() + slot * bytes;
         std::memset(held, 0, held_bytes);
         for (int64_t c = 0; c < C; c++) {
           share[c].held = reinterpret_cast<Real*>(held + c * stride);
-          share[c].totals = totals + c * p;
+          share[c].totals = reinterpret_cast<double*>(held + held_bytes) + c * p;
         }
       }
       if (windows) {
-        read_windows(piece, shifts, held, stride, totals, share);
+        read_windows(piece, shifts, stride, share);
       } else {
         read_rows(piece, isa, share);
       }
@@ -162,9 +162,8 @@ class SumsPass {
     }
   }
 
-  // Each window asks for the next one.
-  void read_windows(int64_t piece, const char* shifts, char* held, int64_t stride, double* totals,
-                    std::vector<Share>& shares) {
+  // Each window asks for the next one, if that is whole.
+  void read_windows(int64_t piece, const char* shifts, int64_t stride, std::vector<Share>& shares) {
     Window::Row rows[Window::kMost];
     Real squares[Window::kMost];
     Window window;
@@ -172,9 +171,9 @@ class SumsPass {
     window.row_bytes = call_.row_bytes;
     window.p = call_.p;
     window.shift = shifts;
-    window.sums = held;
+    window.sums = reinterpret_cast<char*>(shares[0].held);
     window.stride = stride;
-    window.totals = totals;
+    window.totals = shares[0].totals;
     const int64_t end = first_row(piece + 1);
     for (int64_t first = first_row(piece); first < end; first += Window::kMost) {
       const int64_t last = std::min(end, first + Window::kMost);
