@@ -77,13 +77,13 @@ struct WaitingRows {
 Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, int threads,
                             const WaitingRows& waiting);
 
-constexpr int kLine = 64;  // bytes of a line of the cache
+constexpr int kCacheLine = 64;  // bytes
 
 // Rows as they lie, of many classes.
 struct Window {
   static constexpr int kMost = 64;  // rows
   struct Row {
-    uint32_t place;                 // among the rows that lie there
+    uint32_t place;                 // counted from `features`, rows left out included
     uint32_t label : 31, move : 1;  // whether the sums of its class are moved to the totals first
   };
 
@@ -91,9 +91,9 @@ struct Window {
   const Row* rows;
   const char* features;  // of place 0
   int64_t row_bytes;
-  int64_t ahead;  // bytes from a row to the one that is asked for meanwhile
+  int64_t ahead;  // bytes from a row to the one that is asked for meanwhile; 0 asks for nothing new
   int64_t p;
-  const char* shift;  // [C, p]
+  const char* shift;  // [C, p] float64 for float64 features, else float32; as the sums
   char* sums;         // [C, p]
   int64_t stride;     // bytes from one class's shift, and one class's sums, to the next one's
   double* totals;     // [C, p], contiguous
@@ -137,7 +137,7 @@ struct ScatterBody {
   void (*add_rows)(const char* const* features, const char* const* next, int count, const char* shift,
                    void* sums, int64_t p, void* squares);
   // The same, bit for bit, for rows of many classes: a few columns of all rows at a time, so that the shifts
-  // and sums of those stay in the first level of the cache.
+  // and sums of those stay in the first level of the cache. Moves sums first where a row says so.
   void (*add_window)(const Window&, void* squares);
   // totals [p] += sums, and sums = 0.
   void (*move_row)(void* sums, double* totals, int64_t p);

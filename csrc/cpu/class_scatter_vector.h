@@ -92,10 +92,11 @@ inline Real sum(const Vec<Real, W>& values) {
   if constexpr (W == 2) {
     return values[0] + values[1];
   } else {
-    Vec<Real, W / 2> low, high;
-    std::memcpy(&low, &values, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&values) + sizeof low, sizeof high);
-    return sum<Real, W / 2>(low + high);
+    struct Halves {
+      Vec<Real, W / 2> low, high;
+    };
+    const auto halves = same_bits<Halves>(values);  // in registers, where two copies would go through memory
+    return sum<Real, W / 2>(halves.low + halves.high);
   }
 }
 
@@ -128,7 +129,7 @@ struct VectorBody {
   // Asks for 2 W columns. Into the second level: as many lines into the first wait for each other longer.
   static void ask(const char* at) {
     __builtin_prefetch(at, 0, 2);
-    if (W * kSize >= kLine) __builtin_prefetch(at + W * kSize, 0, 2);
+    if (W * kSize >= kCacheLine) __builtin_prefetch(at + W * kSize, 0, 2);
   }
 
   // Adds columns [j, j + count) of R rows of one class to its sums, and their squares to `squares`.
@@ -181,7 +182,7 @@ struct VectorBody {
   }
 
   static void add_window(const Window& window, void* squares) {
-    constexpr int kColumns = 2 * kLine / sizeof(Real);
+    constexpr int kColumns = 2 * kCacheLine / sizeof(Real);
     static_assert(kColumns % (2 * W) == 0);
     V square[Window::kMost];
     for (int i = 0; i < window.count; i++) square[i] = V{};
@@ -207,6 +208,7 @@ struct VectorBody {
     const char* shift = window.shift + first * sizeof(Real);
     char* sums = window.sums + first * sizeof(Real);
     double* totals = window.totals + first;
+    // Copies, as what is stored through a char* might change a Window.
     const int64_t row_bytes = window.row_bytes, ahead = window.ahead, stride = window.stride;
     const Window::Row* rows = window.rows;
     for (int i = 0, count = window.count; i < count; i++) {

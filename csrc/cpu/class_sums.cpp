@@ -108,13 +108,14 @@ class SumsPass {
 
   void read_in_storage_order(Isa isa) {
     const int64_t C = call_.C, p = call_.p, row_bytes = p * sizeof(Real);
-    // Rows of a power of two are a line apart, as they would share few sets of the first-level cache.
-    const int64_t stride = row_bytes + (row_bytes % 512 ? 0 : kLine);
+    // Shifts and sums of multiples of 512 bytes lie a line further apart: they would share few sets of the
+    // first-level cache.
+    const int64_t stride = row_bytes + (row_bytes % 512 ? 0 : kCacheLine);
     const int64_t held_bytes = round_up(C * stride, kPage);
     const int64_t bytes = held_bytes + round_up(C * p * sizeof(double), kPage);
     const bool windows = suits_windows(call_, isa);
     Memory<char> memory = allocate_or_kept(threads_ * bytes + (windows ? held_bytes : 0));
-    char* shifts = memory.get() + threads_ * bytes;  // a line apart, as well
+    char* shifts = memory.get() + threads_ * bytes;
     if (windows) {
       for (int64_t c = 0; c < C; c++) std::memcpy(shifts + c * stride, shift(c), row_bytes);
     }
@@ -187,7 +188,7 @@ class SumsPass {
         Window::Row& row = rows[window.count++];
         row.place = static_cast<uint32_t>(i - first);
         row.label = static_cast<uint32_t>(c);
-        row.move = begin_rows(shares[c], 1);
+        row.move = count_rows(shares[c], 1);
       }
       window.features = feature_row(call_, first);
       window.ahead = last + Window::kMost <= end ? Window::kMost * call_.row_bytes : 0;
@@ -199,7 +200,7 @@ class SumsPass {
 
   void read_by_class() {
     const int64_t p = call_.p;
-    const size_t bytes = round_up(p * (sizeof(double) + sizeof(Real)), 64);
+    const size_t bytes = round_up(p * (sizeof(double) + sizeof(Real)), kCacheLine);
     Memory<char> memory = allocate_or_kept(threads_ * bytes);
     std::fill_n(memory.get(), threads_ * bytes, 0);
     std::vector<Order> orders;
@@ -296,14 +297,14 @@ class SumsPass {
   // Rows of class c at `places`, which do not go beyond its next multiple of kHeld.
   void add_rows(const char* const* features, const char* const* next, const int64_t* places, int count,
                 int64_t c, Share& share) {
-    if (begin_rows(share, count)) body_.move_row(share.held, share.totals, call_.p);
+    if (count_rows(share, count)) body_.move_row(share.held, share.totals, call_.p);
     Real squares[kHeld];
     body_.add_rows(features, next, count, shift(c), share.held, call_.p, squares);
     for (int r = 0; r < count; r++) add_square(share, squares[r], places[r]);
   }
 
   // Before `count` rows of a class are added. Returns whether what is held must be moved to the totals first.
-  bool begin_rows(Share& share, int count) const {
+  bool count_rows(Share& share, int count) const {
     const bool move = share.rows > 0 && share.rows % kHeld == 0;
     if (move && share.rows == kHeld) std::fill_n(share.totals, call_.p, 0.0);
     share.rows += count;
