@@ -105,6 +105,12 @@ def assert_close(result, truth, features, labels, shift, isa, precision):
         assert ((result.scatter.diagonal() - diagonal).abs() <= (36 * unit + long) * diagonal).all()
 
 
+def assert_same_bits(result, *others):
+    for other in others:
+        for a, b in zip(result, other, strict=True):
+            assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(isa, shape, dtype):
@@ -124,8 +130,7 @@ def test_ignored_rows_are_never_read(scatter):
     clean = on_cpu(features, labels, shift, radii=True, scatter=scatter)
     features[labels == -100] = torch.nan
     dirty = on_cpu(features, labels, shift, radii=True, scatter=scatter)
-    for a, b in zip(clean, dirty, strict=True):
-        assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+    assert_same_bits(clean, dirty)
 
 
 @pytest.mark.usefixtures("isa")
@@ -249,9 +254,7 @@ def test_threads_do_not_change_a_bit(shape, precision):
             for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
                 results.append(on_cpu(*data, radii=True, scatter=scatter, precision=precision))
-            for other in results[1:]:
-                for a, b in zip(results[0], other, strict=True):
-                    assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+            assert_same_bits(*results)
     finally:
         torch.set_num_threads(before)
 
@@ -270,9 +273,7 @@ def test_one_large_class_among_small_and_absent_ones(monkeypatch, shape):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         results.append(on_cpu(features, labels, shift, scatter=False, radii=True))
         assert_close(results[-1], truth, features, labels, shift, "any", "high")
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+    assert_same_bits(*results)
 
 
 @pytest.mark.parametrize(
@@ -307,9 +308,7 @@ def test_windows(isa, monkeypatch, order, p, dtype):
         with pytest.raises(ValueError, match="label 60 in row 15000"):
             on_cpu(features, outside, shift, scatter=False)
     assert_close(results[0], truth, features, labels, shift, isa, "high")
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert a is b is None or torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+    assert_same_bits(*results)
 
 
 def test_forced_isa(monkeypatch):

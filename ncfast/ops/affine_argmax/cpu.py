@@ -21,7 +21,7 @@ _SCORES = 1 << 22  # float64 scores held at once by the last rungs
 
 def refuses(features: torch.Tensor) -> str | None:
     """Only tensors in the CPU's memory have addresses the kernels can read."""
-    return None if features.device.type == "cpu" else f"the features are on {features.device}"
+    return None if features.is_cpu else f"the features are on {features.device}"
 
 
 class _Rule(NamedTuple):

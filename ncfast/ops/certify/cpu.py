@@ -9,4 +9,4 @@ __all__ = ["certify", "refuses"]
 
 def refuses(radii: torch.Tensor) -> str | None:
     """Tensors that are not in the CPU's memory."""
-    return None if radii.device.type == "cpu" else f"the radii are on {radii.device}"
+    return None if radii.is_cpu else f"the radii are on {radii.device}"

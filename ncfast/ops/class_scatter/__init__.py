@@ -330,12 +330,12 @@ def accumulate_by_adding(
         precision=precision,
         ignore_index=ignore_index,
     )
-    if features.device.type == "cpu":
+    if features.is_cpu:
         check_label_range(labels, shift.shape[0], ignore_index)
     classes, overwritten = _choose_shift(shift, features, labels, ignore_index)
     try:
         batch = sums_about(shift)
-        if features.device.type == "cpu" and len(classes):
+        if features.is_cpu and len(classes):
             far = far_shifts(batch.counts, batch.sums, batch.sumsq) & (state.counts == 0)
             if waiting is not None:
                 far[waiting.rows()[1]] = False
@@ -372,7 +372,7 @@ def _choose_shift(
     rows = torch.where(kept, torch.arange(N, device=y.device), N)
     first = torch.full((C,), N, device=y.device).scatter_reduce_(0, y, rows, "amin")
     chosen = (first < N) & shift[:, 0].isnan()
-    if features.device.type == "cpu":
+    if features.is_cpu:
         classes = chosen.nonzero().squeeze(1)
     else:
         classes = y if N < C else torch.arange(C, device=y.device)
@@ -444,7 +444,7 @@ def check_label_range(labels: torch.Tensor, num_classes: int, ignore_index: int)
 
 def nonfinite_rows(features: torch.Tensor) -> torch.Tensor:
     """[N] bool: the rows that hold a NaN or an infinity."""
-    if features.device.type != "cpu":
+    if not features.is_cpu:
         return ~features.isfinite().all(1)
     # One number per row first: a sum that is finite has finite terms. One that is not may have overflowed.
     bad = ~features.sum(1, dtype=shift_dtype(features.dtype)).isfinite()

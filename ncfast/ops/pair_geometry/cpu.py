@@ -9,7 +9,7 @@ from ncfast.ops.pair_geometry import PairGeometry
 
 def refuses(features: torch.Tensor) -> str | None:
     """Only tensors in the CPU's memory have addresses the kernels can read."""
-    return None if features.device.type == "cpu" else f"the features are on {features.device}"
+    return None if features.is_cpu else f"the features are on {features.device}"
 
 
 def pair_geometry(
