@@ -80,7 +80,7 @@ const std::map<ncfast::Refusal, std::string> kRefusals = {{ncfast::Refusal::none
 enum class Mode {
   whole,     // results anew, with the whole scatter, interruptible
   update,    // class_scatter_update: added, the upper triangle of the scatter
-  admitted,  // the same for rows that class_scatter_admit has taken
+  admitted,  // the same for rows that class_scatter_admit has let wait
 };
 const std::map<std::string, Mode> kModes = {
     {"whole", Mode::whole}, {"update", Mode::update}, {"admitted", Mode::admitted}};
@@ -132,7 +132,8 @@ std::string class_scatter(Address features, const std::string& dtype, int64_t N,
 std::string class_scatter_admit(Address features, const std::string& dtype, int64_t N, int64_t p,
                                 int64_t row_bytes, Address labels, int label_size, int64_t label_bytes,
                                 int64_t ignore_index, Address shift, int64_t C, int threads,
-                                Address waiting_features, Address waiting_labels, Address filled) {
+                                Address residuals, int64_t residual_row_bytes, Address waiting_labels,
+                                Address filled) {
   ncfast::ClassScatter call = {};
   call.N = N;
   call.p = p;
@@ -144,7 +145,7 @@ std::string class_scatter_admit(Address features, const std::string& dtype, int6
   call.label_size = label_size;
   call.label_bytes = label_bytes;
   call.ignore_index = ignore_index;
-  const ncfast::WaitingRows waiting = {at<void>(waiting_features), at<int64_t>(waiting_labels),
+  const ncfast::WaitingRows waiting = {at<char>(residuals), residual_row_bytes, at<int64_t>(waiting_labels),
                                        at<int64_t>(filled)};
   const ncfast::Isa isa = selected("class_scatter");
   py::gil_scoped_release release;
@@ -239,7 +240,7 @@ PYBIND11_MODULE(_cpu, m) {
         "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "threads"_a, "mode"_a, "filled"_a);
   m.def("class_scatter_admit", &class_scatter_admit, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a,
         "labels"_a, "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "threads"_a,
-        "waiting_features"_a, "waiting_labels"_a, "filled"_a);
+        "residuals"_a, "residual_row_bytes"_a, "waiting_labels"_a, "filled"_a);
   m.def("affine_argmax", &affine_argmax, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "middle"_a,
         "rules"_a, "threads"_a);
   m.def("pair_geometry", &pair_geometry, "vectors"_a, "C"_a, "p"_a, "variances"_a, "statistics"_a,

@@ -30,21 +30,25 @@ void fail(const char* what, ncfast::Isa isa) {
 
 // The rows of a call wait, and are counted when they are added. Returns whether they were refused.
 template <class Real>
-bool wait(ncfast::ClassScatter call, size_t size, ncfast::Isa isa, int64_t used) {
+bool wait(ncfast::ClassScatter call, ncfast::Isa isa, int64_t used) {
   std::vector<Real> shift(call.C * call.p, std::numeric_limits<Real>::quiet_NaN());
-  std::vector<char> features(used * call.p * size);
+  const int64_t lines = (call.p * sizeof(Real) + ncfast::kCacheLine - 1) / ncfast::kCacheLine;
+  const int64_t row_bytes = lines * ncfast::kCacheLine;
+  std::vector<char> residuals(used * row_bytes);
   std::vector<int64_t> labels(used), counts(call.C);
   int64_t rows = 0;
-  const ncfast::WaitingRows waiting = {features.data(), labels.data(), &rows};
+  const ncfast::WaitingRows waiting = {residuals.data(), row_bytes, labels.data(), &rows};
   if (ncfast::class_scatter_admit(call, shift.data(), isa, 3, waiting) != ncfast::Refusal::none) return true;
   if (rows != used) fail("not every row waits", isa);
   std::vector<Real> radii(rows);
   call.N = rows;
-  call.features = features.data();
-  call.row_bytes = call.p * size;
+  if (!call.scatter || rows > ncfast::kMostWaiting) return false;
+  call.dtype = sizeof(Real) == 8 ? ncfast::Dtype::float64 : ncfast::Dtype::float32;
+  call.features = residuals.data();
+  call.row_bytes = row_bytes;
   call.labels = labels.data();
   call.label_size = call.label_bytes = sizeof(int64_t);
-  call.shift = shift.data();
+  call.shift = nullptr;
   call.counts = counts.data();
   call.radii = radii.data();
   ncfast::class_scatter(call, isa, 3, [] {});
@@ -95,7 +99,7 @@ void run(const Shape& shape, ncfast::Dtype dtype, size_t size, ncfast::Isa isa, 
   if (!update) {
     ncfast::class_scatter(call, isa, 3, [] {});
   } else {
-    const bool refused = wait<Real>(call, size, isa, used);
+    const bool refused = wait<Real>(call, isa, used);
     if ((ncfast::class_scatter_update(call, shift.data(), isa, 3) != ncfast::Refusal::none) != refused)
       fail("rows are refused only when they wait, or only when they do not", isa);
     if (refused) used = 0;

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from ncfast.ops.class_scatter import (
-    FEATURE_DTYPES,
     PRECISIONS,
     ClassScatter,
     WaitingRows,
@@ -28,7 +27,7 @@ from ncfast.ops.class_scatter import (
     shift_dtype,
 )
 
-_FORMAT = 2  # of state_dict(): raise it when the meaning of an entry changes
+_FORMAT = 3  # of state_dict(): raise it when the meaning of an entry changes
 # Of a row about its shift: a sum of 2²⁰ of twice that stays finite, and no kernel takes it for an overflow.
 _MOST_SQUARE = {dtype: torch.finfo(dtype).max * 2.0**-21 for dtype in (torch.float32, torch.float64)}
 _MAGIC = b"ncfast ClassStatistics\n"  # begins a file of `save`; the SHA-256 of the rest follows
@@ -46,9 +45,9 @@ class ClassStatistics:
     Averages are the paper's `Ave` operators (Papyan, Han & Donoho, PNAS 2020): Σ_W, Σ_T and μ_G average over
     samples, Σ_B over classes, also when the classes are unbalanced. Classes without a sample are left out.
 
-    On the CPU the rows of small batches are copied and wait until there are a thousand or a number is read:
-    with larger batches the products come nearer to what the machine can do. The last bits of the sums then
-    depend on when numbers were read; saving a state leaves the rows waiting, and keeps them.
+    On the CPU the rows of small batches, less their shifts, wait until there are a thousand or a number is
+    read: with larger batches the products come nearer to what the machine can do. The last bits of the sums
+    then depend on when numbers were read; saving a state leaves the rows waiting, and keeps them.
 
     Args:
         num_classes: C.
@@ -283,7 +282,7 @@ class ClassStatistics:
         return ClassScatter(self._counts, self._sums, self._sumsq, self._scatter, radii)
 
     def _waiting_for(self, features: torch.Tensor) -> WaitingRows | None:
-        """The waiting rows that a batch may join, if it may: a small one, of their dtype, but not the first.
+        """The waiting rows that a batch may join, if it may: a small one of their dtype, but not the first.
 
         That chooses most shifts and goes where a bad choice can be mended.
         """
@@ -292,22 +291,24 @@ class ClassStatistics:
         if self._shift.dtype != shift_dtype(features.dtype):
             return None
         waiting = self._waiting
-        if waiting is not None and len(waiting) >= WaitingRows.MOST:
+        rows = 0 if waiting is None else len(waiting)
+        if rows >= WaitingRows.MOST:
             self._add_waiting()  # what a signal has kept the last batch from
-        if not waiting:
+            rows = 0
+        if waiting is None or not rows:
             if not self._counts.any():
                 return None
-            if waiting is None or waiting.features.dtype != features.dtype:
-                waiting = self._waiting = WaitingRows(features)
-        return waiting if waiting.features.dtype == features.dtype else None
+            if waiting is None or waiting.residuals.dtype != self._shift.dtype:
+                waiting = self._waiting = WaitingRows(self._shift)
+        return waiting if waiting.residuals.dtype == self._shift.dtype else None
 
     def _add_waiting(self) -> None:
         waiting = self._waiting
         if waiting is None:
             return
         if torch.compiler.is_compiling():
-            sums = self._counts, self._shift, self._sums, self._sumsq, self._scatter
-            rows = waiting.features, waiting.labels, waiting.filled
+            sums = self._counts, self._sums, self._sumsq, self._scatter
+            rows = waiting.residuals, waiting.labels, waiting.filled
             torch.ops.ncfast.add_waiting_rows(*rows, *sums, self.precision)
             self._upper_only = True
             return
@@ -316,7 +317,7 @@ class ClassStatistics:
                 self._thaw()
                 self._upper_only = True
                 state = self._state()
-                accumulate_waiting(state, waiting, self._shift, precision=self.precision)
+                accumulate_waiting(state, waiting, precision=self.precision)
                 vars(self).update(_scatter=state.scatter, _upper_only=True)  # as `_add_now` does
 
     def merge(self, other: "ClassStatistics") -> "ClassStatistics":
@@ -593,13 +594,14 @@ class ClassStatistics:
     def state_dict(self) -> dict[str, Any]:
         """Everything `load_state_dict` needs, safe for `torch.save` and `torch.load(weights_only=True)`.
 
-        Rows that wait to be added are in it as they are, `waiting_features` [R, p] and `waiting_labels` [R],
-        and not in its sums: whoever goes on from it adds the same rows together, with the same bits.
+        Rows that wait to be added are in it, less their shifts, as `waiting_residuals` [R, p] and
+        `waiting_labels` [R], and not in its sums: whoever goes on from it adds the same rows together, with
+        the same bits.
         """
         self._raise_refused()
         self._mirror()
-        features, labels = self._waiting.rows() if self._waiting else (None, None)
-        tensors = self._tensors() | {"waiting_features": features, "waiting_labels": labels}
+        residuals, labels = self._waiting.rows() if self._waiting else (None, None)
+        tensors = self._tensors() | {"waiting_residuals": residuals, "waiting_labels": labels}
         state: dict[str, Any] = {name: None if t is None else t.clone() for name, t in tensors.items()}
         recentring = [self._rows_then, self._rows_since]
         return state | {"num_skipped": self.num_skipped, "recentring": recentring, "format": _FORMAT}
@@ -621,7 +623,7 @@ class ClassStatistics:
         if "format" in state and state["format"] != _FORMAT:
             raise ValueError(f"unknown state format {state['format']!r}; this version reads {_FORMAT}")
         tensors = self._tensors()
-        waiting = {"waiting_features", "waiting_labels"}
+        waiting = {"waiting_residuals", "waiting_labels"}
         missing = {*tensors, *waiting, "num_skipped", "recentring", "format"} - set(state)
         if missing:
             raise ValueError(f"not a ClassStatistics state: it lacks {', '.join(sorted(missing))}")
@@ -650,7 +652,7 @@ class ClassStatistics:
             loaded[name] = theirs.to(ours.device, copy=True).contiguous()
         if not loaded["shift"][loaded["counts"] > 0].isfinite().all():
             raise ValueError("a class that has samples has no shift")
-        self._waiting = self._as_waiting(state["waiting_features"], state["waiting_labels"], loaded["shift"])
+        self._waiting = self._as_waiting(state["waiting_residuals"], state["waiting_labels"], loaded["shift"])
         for name, tensor in loaded.items():
             setattr(self, f"_{name}", tensor)
         self._upper_only = False
@@ -660,33 +662,32 @@ class ClassStatistics:
         if self._defers:
             self._add_waiting()  # there it would never be full
 
-    def _as_waiting(self, features: Any, labels: Any, shift: torch.Tensor) -> WaitingRows | None:
-        """The rows that wait in a saved state, to be added about `shift`."""
-        if features is None and labels is None:
+    def _as_waiting(self, residuals: Any, labels: Any, shift: torch.Tensor) -> WaitingRows | None:
+        """The rows that wait in a saved state, whose shifts are `shift`."""
+        if residuals is None and labels is None:
             return None
-        if not _is_plain(features) or not _is_plain(labels):
-            raise ValueError("waiting_features and waiting_labels must be two tensors or None")
-        rows = len(features) if features.ndim else 0
-        if features.shape != (rows, self.dim) or labels.shape != (rows,) or rows > WaitingRows.ROOM:
+        if not _is_plain(residuals) or not _is_plain(labels):
+            raise ValueError("waiting_residuals and waiting_labels must be two tensors or None")
+        rows = len(residuals) if residuals.ndim else 0
+        if residuals.shape != (rows, self.dim) or labels.shape != (rows,) or rows > WaitingRows.ROOM:
             raise ValueError(
-                f"waiting_features and waiting_labels must have shapes [R, {self.dim}] and [R] with "
-                f"R ≤ {WaitingRows.ROOM}, got {list(features.shape)} and {list(labels.shape)}"
+                f"waiting_residuals and waiting_labels must have shapes [R, {self.dim}] and [R] with "
+                f"R ≤ {WaitingRows.ROOM}, got {list(residuals.shape)} and {list(labels.shape)}"
             )
-        wide = features.dtype == torch.float64 and shift.dtype != torch.float64
-        if features.dtype not in FEATURE_DTYPES or wide or labels.dtype != torch.int64:
+        # float32 rows may have waited when a float64 batch came.
+        if residuals.dtype not in (torch.float32, shift.dtype) or labels.dtype != torch.int64:
             raise ValueError(
-                f"no rows of {features.dtype} with labels of {labels.dtype} wait about {shift.dtype}"
+                f"no rows of {residuals.dtype} with labels of {labels.dtype} wait about {shift.dtype}"
             )
         labels = labels.to(shift.device)
-        if ((labels < 0) | (labels >= self.num_classes)).any() or not features.isfinite().all():
-            raise ValueError("waiting rows hold a label or a number that no samples can leave")
-        about = shift[labels]
-        if not about.isfinite().all():
+        if ((labels < 0) | (labels >= self.num_classes)).any():
+            raise ValueError("waiting rows hold a label that no samples can leave")
+        if not shift[labels].isfinite().all():
             raise ValueError("a class that has samples has no shift")
-        features = features.detach().to(shift.device)
-        if not ((features - about).square().sum(1) <= _MOST_SQUARE[shift.dtype]).all():
-            raise ValueError("waiting rows are so far from their shift that their squares overflow")
-        return WaitingRows.of(features, labels)
+        residuals = residuals.detach().to(shift.device)
+        if not (residuals.square().sum(1) <= _MOST_SQUARE[residuals.dtype]).all():
+            raise ValueError("waiting rows hold a number that no samples can leave")
+        return WaitingRows.of(residuals, labels)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict()` to a file for `load`; a process killed meanwhile leaves the old file."""
@@ -745,14 +746,13 @@ class ClassStatistics:
 
 # What torch.compile sees of reading a state: one node that adds the rows that wait, if any.
 @torch.library.custom_op(
-    "ncfast::add_waiting_rows", mutates_args=("filled", "counts", "shift", "sums", "sumsq", "scatter")
+    "ncfast::add_waiting_rows", mutates_args=("filled", "counts", "sums", "sumsq", "scatter")
 )
 def _add_waiting_op(
-    features: torch.Tensor,
+    residuals: torch.Tensor,
     labels: torch.Tensor,
     filled: torch.Tensor,
     counts: torch.Tensor,
-    shift: torch.Tensor,
     sums: torch.Tensor,
     sumsq: torch.Tensor,
     scatter: torch.Tensor | None,
@@ -761,9 +761,9 @@ def _add_waiting_op(
     rows = int(filled)
     if rows:
         state = ClassScatter(counts, sums, sumsq, scatter, None)
-        waiting = WaitingRows.of(features[:rows], labels[:rows])
+        waiting = WaitingRows.of(residuals[:rows], labels[:rows])
         waiting.filled = filled
-        accumulate_waiting(state, waiting, shift, precision=precision)
+        accumulate_waiting(state, waiting, precision=precision)
 
 
 @_add_waiting_op.register_fake

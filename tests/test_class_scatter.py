@@ -409,13 +409,14 @@ def test_a_small_batch_is_added_as_a_whole_or_not_at_all(monkeypatch, N, p, may_
             stats.update(features, torch.cat([labels[:-1], torch.tensor([5])]))
         for name, value in before.items():
             assert vars(stats)[name].numpy().tobytes() == value.numpy().tobytes(), name
-        assert stats.state_dict()["waiting_features"] is None
+        assert stats.state_dict()["waiting_residuals"] is None
         stats.update(features, labels)
         assert int(stats.counts[1]) == int((labels == 1).sum())
         stats.update(features, labels)
         if may_wait:
             state = stats.state_dict()
-            assert torch.equal(state["waiting_features"], features[labels >= 0])
+            residuals = (features.double() - state["shift"][labels.clamp(min=0)].double())[labels >= 0]
+            assert torch.equal(state["waiting_residuals"], residuals.to(state["shift"].dtype))
             assert torch.equal(state["waiting_labels"], labels[labels >= 0])
     assert int(stats.counts[1]) == 2 * int((labels == 1).sum())
 

@@ -146,7 +146,7 @@ def test_float64_in_a_graph_while_float32_rows_wait():
     stats = ncfast.ClassStatistics(5, 9)
     for h, y in zip(features[:150].split(30), labels[:150].split(30), strict=True):
         stats.update(h, y)
-    assert stats.state_dict()["waiting_features"] is not None
+    assert stats.state_dict()["waiting_residuals"] is not None
     torch.compile(update_like, fullgraph=True, backend="aot_eager")(
         stats, features[150:].double(), labels[150:]
     )

@@ -286,6 +286,19 @@ def test_a_given_shift_is_kept_while_it_is_near():
     oracle.assert_within(far.within_covariance, whole.within_covariance, 60 * EPS * 1e6 * 4)
 
 
+def test_a_given_shift_of_a_class_with_one_sample_is_kept_while_it_is_near():
+    """One sample has no deviation to compare with; those of the other classes say what is near."""
+    features, labels = oracle.clustered(3, 4, 60, 1.0, dtype=torch.float64)
+    whole = streamed(features, labels, 3)
+    for away, moved in ((0.5, False), (10.0, True)):
+        stats = ncfast.ClassStatistics(4, 4, shift=torch.cat([whole.means, torch.zeros(1, 4)]))
+        lone = torch.full((1, 4), away, dtype=torch.float64)
+        stats.update(torch.cat([features, lone]), torch.cat([labels, torch.tensor([3])]))
+        assert torch.equal(stats.shift[3], lone[0] if moved else torch.zeros(4).double())
+        assert torch.equal(stats.shift[:3], whole.means)
+        oracle.assert_within(stats.means[3], lone[0], EPS * away)
+
+
 def test_accumulate_returns_the_distance_to_the_shift():
     features, labels = oracle.clustered(3, 4, 30, 1.0)
     labels[4] = -100
@@ -431,8 +444,8 @@ def test_deferring_does_not_change_the_numbers():
 
 
 def waiting(stats):
-    features = stats.state_dict()["waiting_features"]
-    return 0 if features is None else len(features)
+    residuals = stats.state_dict()["waiting_residuals"]
+    return 0 if residuals is None else len(residuals)
 
 
 def small_batches(seed=0):
@@ -469,6 +482,19 @@ def test_small_batches_add_up(dtype, backend):
     else:
         assert 512 < most < 1024  # rows do wait, and then no longer
     assert waiting(stats) == 0
+
+
+def test_rows_of_several_dtypes_wait_together():
+    """Their residuals do, which are float32 for all but float64 features."""
+    batches = small_batches()
+    for i, dtype in enumerate([torch.bfloat16, torch.float16]):
+        batches[1 + i :: 3] = [(h.to(dtype), y) for h, y in batches[1 + i :: 3]]
+    stats, most = ncfast.ClassStatistics(7, 33, precision="highest"), 0
+    for batch in batches:
+        stats.update(*batch)
+        most = max(most, waiting(stats))
+    assert_all_seen(stats, [(h.float(), y) for h, y in batches])
+    assert 512 < most < 1024
 
 
 def test_rows_that_wait_are_copies():
@@ -764,7 +790,7 @@ def test_rows_that_wait_since_inference_mode():
     with ncfast.use_backend("reference"):  # which adds with PyTorch's operators
         stats.load_state_dict(state)
         assert stats.num_samples == 1000
-    assert len(state["waiting_features"]) > 0
+    assert len(state["waiting_residuals"]) > 0
     assert len(pickle.dumps(stats)) < len(pickle.dumps(state))  # nothing of the buffer but the rows that wait
 
 
@@ -801,30 +827,30 @@ def test_rows_that_cannot_be_waiting_are_refused():
     for batch in batches:
         stats.update(*batch)
     state = stats.state_dict()
-    features, labels = state["waiting_features"], state["waiting_labels"]
-    assert len(features) > 1
+    residuals, labels = state["waiting_residuals"], state["waiting_labels"]
+    assert len(residuals) > 1
     unseen = state["shift"].clone()
     unseen[labels[0]] = torch.nan
-    nan = features.clone()
+    nan = residuals.clone()
     nan[1, 2] = torch.nan
     changes = [
-        ({"waiting_features": None}, "two tensors or None"),
+        ({"waiting_residuals": None}, "two tensors or None"),
         ({"waiting_labels": labels.tolist()}, "two tensors or None"),
-        ({"waiting_features": features[:, 1:]}, r"shapes \[R, 33\] and \[R\]"),
+        ({"waiting_residuals": residuals[:, 1:]}, r"shapes \[R, 33\] and \[R\]"),
         ({"waiting_labels": labels[1:]}, r"shapes \[R, 33\] and \[R\]"),
-        ({"waiting_features": features[0, 0]}, r"shapes \[R, 33\] and \[R\]"),
+        ({"waiting_residuals": residuals[0, 0]}, r"shapes \[R, 33\] and \[R\]"),
         (
-            {"waiting_features": features[:1].repeat(1281, 1), "waiting_labels": labels[:1].repeat(1281)},
+            {"waiting_residuals": residuals[:1].repeat(1281, 1), "waiting_labels": labels[:1].repeat(1281)},
             "R ≤ 1280",
         ),
-        ({"waiting_features": features.double()}, "torch.float64 with labels of torch.int64 wait about"),
-        ({"waiting_features": features.long()}, "no rows of torch.int64"),
+        ({"waiting_residuals": residuals.double()}, "torch.float64 with labels of torch.int64 wait about"),
+        ({"waiting_residuals": residuals.long()}, "no rows of torch.int64"),
         ({"waiting_labels": labels.int()}, "labels of torch.int32"),
         ({"waiting_labels": labels + 7}, "no samples can leave"),
         ({"waiting_labels": labels - 7}, "no samples can leave"),
-        ({"waiting_features": nan}, "no samples can leave"),
-        ({"waiting_features": features * 1e37}, "squares overflow"),
-        ({"waiting_features": features.to_sparse()}, "two tensors or None"),
+        ({"waiting_residuals": nan}, "no samples can leave"),
+        ({"waiting_residuals": residuals * 1e37}, "no samples can leave"),
+        ({"waiting_residuals": residuals.to_sparse()}, "two tensors or None"),
         ({"shift": unseen, "counts": torch.zeros_like(state["counts"])}, "has no shift"),
         ({"recentring": [1]}, "recentring must be two counts"),
         ({"recentring": [1, -1]}, "recentring must be two counts"),

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/class_scatter.h"
+#include "cpu/memory.h"
 #include "cpu/pool.h"
 
 namespace ncfast {
@@ -28,6 +29,14 @@ inline size_t element_bytes(Dtype dtype) {
 
 inline const char* feature_row(const ClassScatter& call, int64_t i) {
   return static_cast<const char*>(call.features) + i * call.row_bytes;
+}
+
+// From one row that waits to the next: an odd number of cache lines, as rows a power of two apart would have
+// their columns meet in a few sets of the caches.
+template <class Real>
+int64_t waiting_row_bytes(int64_t p) {
+  const int64_t line = kCacheLine;
+  return (round_up(p * sizeof(Real), line) / line | 1) * line;
 }
 
 constexpr int64_t kLeftOut = -1, kOutside = -2;

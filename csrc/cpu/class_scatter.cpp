@@ -39,7 +39,9 @@ class Pass {
         body_(body),
         threads_(threads),
         poll_(poll),
-        order_(call, std::min(call.N, kChunk), threads) {}
+        order_(call, std::min(call.N, kChunk), threads),
+        as_they_lie_(!call.shift && body.add_waiting),
+        no_shift_(call.shift ? 0 : call.p) {}
 
   Refusal run() {
     const int64_t p = call_.p, padded = round_up(p, body_.pad);
@@ -50,11 +52,13 @@ class Pass {
     Carry carry((block_rows + strip_ - 1) / strip_, p);
     const int64_t stride = fused ? body_.fused_rows : block_rows, tile = fused ? padded : body_.tile(padded);
     const int64_t panels = fused ? threads_ : 1;
-    const size_t panel_bytes = round_up(body_.element(call_.precision) * padded * stride, kPage);
+    const size_t panel_bytes =
+        as_they_lie_ ? 0 : round_up(body_.element(call_.precision) * padded * stride, kPage);
     scratch_bytes_ = round_up(body_.scratch * tile * tile, kPage);
     Memory<char> memory = allocate_or_kept(panels * panel_bytes + threads_ * scratch_bytes_);
     for (int64_t i = 0; i < panels; i++) {
-      panels_.push_back({p, padded, 0, stride, tile, call_.precision, memory.get() + i * panel_bytes});
+      panels_.push_back({p, padded, 0, stride, tile, call_.precision, memory.get() + i * panel_bytes,
+                         stride * body_.pad, body_.pad});
     }
     scratch_ = memory.get() + panels * panel_bytes;
     tiles_ = tiles_of(panels_[0]);
@@ -65,6 +69,10 @@ class Pass {
       chunk_ = first;
       const int64_t rows = std::min(kChunk, call_.N - first);
       if (!order_.sort(call_, first, rows)) return Refusal::label;
+      if (as_they_lie_) {
+        add_waiting(diagonal);
+        break;
+      }
       fill_radii<Real>(call_, order_, first, rows);
       const int64_t used = order_.used();
       for (int64_t start = 0; start < used; start += block_rows) {
@@ -146,7 +154,8 @@ class Pass {
     if (carried_class >= 0) std::fill_n(carried_sums, p, 0.0);
     std::fill_n(column_squares, p, 0.0);
     double carried_sumsq = 0.0;
-    const char* shift = static_cast<const char*>(call_.shift);
+    const char* shift = static_cast<const char*>(call_.shift ? call_.shift : no_shift_.data());
+    const int64_t shift_bytes = call_.shift ? p * sizeof(Real) : 0;
     for (int64_t row = from; row < to; row += kGroup) {
       Group group;
       group.rows = static_cast<int>(std::min<int64_t>(kGroup, to - row));
@@ -154,7 +163,7 @@ class Pass {
         const int32_t c = label_of(row + i);
         group.features[i] = feature_row(row + i);
         group.next[i] = feature_row(std::min(row + i + kGroup, end - 1));
-        group.shift[i] = shift + c * p * sizeof(Real);
+        group.shift[i] = shift + c * shift_bytes;
         group.sums[i] = c == carried_class ? carried_sums : call_.sums + c * p;
         group.last[i] = i + 1 == group.rows || label_of(row + i + 1) != c;
       }
@@ -202,10 +211,54 @@ class Pass {
   }
 
   void multiply_tiles(int64_t rows) {
-    parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(tiles_.size()), [&](int64_t i, int slot) {
-      body_.multiply(panels_[0], tiles_[i].first, tiles_[i].second, call_.scatter,
-                     scratch_ + slot * scratch_bytes_);
-    });
+    parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(tiles_.size()),
+                 [&](int64_t i, int slot) { multiply_tile(i, slot); });
+  }
+
+  void multiply_tile(int64_t i, int slot) {
+    body_.multiply(panels_[0], tiles_[i].first, tiles_[i].second, call_.scatter,
+                   scratch_ + slot * scratch_bytes_);
+  }
+
+  // Rows that wait are a panel as they lie. Whoever multiplies a tile on the diagonal adds its columns first,
+  // for which they have to come to its cache anyway.
+  void add_waiting(std::vector<double>& diagonal) {
+    Panel& panel = panels_[0];
+    panel.data = static_cast<char*>(const_cast<void*>(call_.features));
+    panel.piece = body_.pad;
+    panel.step = call_.row_bytes / sizeof(Real);
+    panel.rows = call_.N;
+    std::vector<Real> squares((panel.padded + panel.tile - 1) / panel.tile * call_.N);
+    parallel_for(threads_for(call_.N * call_.p), static_cast<int64_t>(tiles_.size()),
+                 [&](int64_t i, int slot) {
+                   const auto [I, J] = tiles_[i];
+                   if (I == J) add_columns(I, diagonal, &squares[I / panel.tile * call_.N]);
+                   multiply_tile(i, slot);
+                 });
+    for (int64_t row = 0; row < call_.N; row++) {
+      Real square = 0;
+      for (size_t i = row; i < squares.size(); i += call_.N) square += squares[i];
+      call_.sumsq[label_of(row)] += checked(square);
+      call_.counts[label_of(row)]++;
+    }
+  }
+
+  // The columns of one tile, from `first` on, of all rows that wait.
+  void add_columns(int64_t first, std::vector<double>& diagonal, Real* squares) {
+    const int64_t columns = std::min(call_.p - first, panels_[0].tile), rows = call_.N;
+    const auto residuals = [&](int64_t row) { return feature_row(row) + first * sizeof(Real); };
+    for (int64_t row = 0; row < rows; row += kGroup) {
+      Group group;
+      group.rows = static_cast<int>(std::min<int64_t>(kGroup, rows - row));
+      for (int i = 0; i < group.rows; i++) {
+        const int32_t c = label_of(row + i);
+        group.features[i] = residuals(row + i);
+        group.next[i] = residuals(std::min(row + i + kGroup, rows - 1));
+        group.sums[i] = call_.sums + c * call_.p + first;
+        group.last[i] = i + 1 == group.rows || label_of(row + i + 1) != c;
+      }
+      body_.add_waiting(group, columns, &diagonal[first], squares + row);
+    }
   }
 
   void mirror() {
@@ -228,7 +281,9 @@ class Pass {
   const std::function<void()>& poll_;
   int64_t chunk_ = 0, strip_ = 0;
   Order order_;
-  std::vector<Panel> panels_;  // one, or one per thread
+  bool as_they_lie_;            // whether the rows are the panel
+  std::vector<Real> no_shift_;  // zeros [p] for rows that wait, whose shifts are subtracted
+  std::vector<Panel> panels_;   // one, or one per thread
   std::vector<std::pair<int64_t, int64_t>> tiles_;
   char* scratch_ = nullptr;  // of scratch_bytes_ per thread
   size_t scratch_bytes_ = 0;
@@ -273,13 +328,13 @@ namespace {
 template <class Real>
 class Admission {
  public:
-  // admitted(u, i) for the u-th row in use, row i, by whatever thread has its features in the cache.
-  template <class Admitted>
+  // Puts the residuals of the rows in use to those that wait, unless these are null.
   Admission(const ClassScatter& call, Real* shift, const ScatterBody& body, int threads,
-            const Admitted& admitted)
+            const WaitingRows* waiting)
       : call_(call), label_(call.N) {
     const int64_t p = call.p;
     std::vector<int64_t> used;
+    used.reserve(call.N);
     for (int64_t i = 0; i < call.N; i++) {
       label_[i] = class_at(call, i);
       if (label_[i] == kOutside) {
@@ -289,21 +344,20 @@ class Admission {
       if (label_[i] >= 0) used.push_back(i);
     }
     const int64_t rows = used.size(), parts = threads_for(rows * p, threads);
-    std::vector<Real> unused(parts * p);  // sums that nobody asks for
     for (const int64_t i : used) {
       Real* k = shift + label_[i] * p;
       if (std::isnan(k[0])) choose(feature_row(call, i), body, k);
     }
+    char* to = waiting ? waiting->residuals + *waiting->filled * waiting->row_bytes : nullptr;
     std::atomic<bool> finite{true};
     parallel_for(threads, parts, [&](int64_t piece, int) {
       for (int64_t u = part(rows, piece, parts); u < part(rows, piece + 1, parts); u++) {
         const int64_t i = used[u];
-        const char *row = feature_row(call, i), *k = reinterpret_cast<const char*>(shift + label_[i] * p);
-        Real square;
-        body.add_rows(&row, &row, 1, k, &unused[piece * p], p, &square);
+        const char* k = reinterpret_cast<const char*>(shift + label_[i] * p);
+        const Real square =
+            body.take_row(feature_row(call, i), k, p, to ? to + u * waiting->row_bytes : nullptr);
         // Added up in another order it may be a little larger.
         if (!std::isfinite(checked(2 * square))) finite = false;
-        admitted(u, i);
       }
     });
     if (!finite) {
@@ -355,26 +409,53 @@ class Admission {
   Refusal refusal_ = Refusal::none;
 };
 
+// The rows that wait, to be added as `call` would be.
+template <class Real>
+ClassScatter rows_of(const WaitingRows& waiting, ClassScatter call) {
+  call.N = *waiting.filled;
+  call.dtype = sizeof(Real) == 8 ? Dtype::float64 : Dtype::float32;
+  call.features = waiting.residuals;
+  call.row_bytes = waiting.row_bytes;
+  call.labels = waiting.labels;
+  call.label_size = call.label_bytes = sizeof(int64_t);
+  call.ignore_index = kLeftOut;
+  call.shift = nullptr;
+  return call;
+}
+
 template <class Real>
 Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
-  const Admission<Real> admission(call, shift, scatter_body(call, isa), threads, [](int64_t, int64_t) {});
-  if (admission.refusal() != Refusal::none) return admission.refusal();
-  try {
-    class_scatter(admission.batch(), isa, threads, [] {});
-  } catch (...) {  // out of memory, before anything was added
-    admission.undo();
-    throw;
+  // Few rows wait for a moment where that saves a stage.
+  std::vector<int64_t> labels;
+  Memory<char> residuals;
+  int64_t filled = 0;
+  WaitingRows waiting = {nullptr, waiting_row_bytes<Real>(call.p), nullptr, &filled};
+  const ClassScatter none_yet = rows_of<Real>(waiting, call);
+  const bool wait =
+      call.N <= kMostWaiting && call.scatter && !call.radii && scatter_body(none_yet, isa).add_waiting;
+  if (wait) {
+    labels.resize(call.N);
+    residuals = allocate_or_kept(call.N * waiting.row_bytes);
+    waiting.residuals = residuals.get();
+    waiting.labels = labels.data();
   }
-  return Refusal::none;
+  const Admission<Real> admission(call, shift, scatter_body(call, isa), threads, wait ? &waiting : nullptr);
+  if (admission.refusal() == Refusal::none) {
+    try {
+      if (wait) admission.append_labels(waiting);
+      class_scatter(wait ? rows_of<Real>(waiting, call) : admission.batch(), isa, threads, [] {});
+    } catch (...) {  // out of memory, before anything was added
+      admission.undo();
+      throw;
+    }
+  }
+  if (wait) keep(std::move(residuals));
+  return admission.refusal();
 }
 
 template <class Real>
 Refusal admit(const ClassScatter& call, Real* shift, Isa isa, int threads, const WaitingRows& waiting) {
-  const size_t row_bytes = call.p * element_bytes(call.dtype);
-  char* free = static_cast<char*>(waiting.features) + *waiting.filled * row_bytes;
-  const Admission<Real> admission(call, shift, scatter_body(call, isa), threads, [&](int64_t u, int64_t i) {
-    std::memcpy(free + u * row_bytes, feature_row(call, i), row_bytes);
-  });
+  const Admission<Real> admission(call, shift, scatter_body(call, isa), threads, &waiting);
   if (admission.refusal() == Refusal::none) admission.append_labels(waiting);
   return admission.refusal();
 }

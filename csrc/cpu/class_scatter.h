@@ -37,7 +37,8 @@ struct ClassScatter {
   int label_size;        // 8 or 4
   int64_t label_bytes;   // from one label to the next
   int64_t ignore_index;  // left out even if in [0, C)
-  const void* shift;     // [C, p] contiguous; float64 when the features are, else float32
+  const void* shift;     // [C, p] contiguous; float64 when the features are, else float32. Null: these are
+                         // rows that wait, up to kMostWaiting, and there is a scatter
   Precision precision;
 
   // The results are added to what these hold unless `fresh`. Below its diagonal the scatter is without
@@ -60,15 +61,19 @@ Refusal class_scatter(const ClassScatter& call, Isa isa, int threads, const std:
 
 // class_scatter for a small batch that must be added as a whole or not at all. Classes whose shift begins
 // with a NaN get their first feature as shift. Refuses, with every output and the shift bit for bit as they
-// were, such a label, and residuals that are not finite or whose squares overflow. Reads the features twice:
-// they should fit the cache.
+// were, such a label, and residuals that are not finite or whose squares overflow. May read the features
+// twice: they should fit the cache.
 Refusal class_scatter_update(const ClassScatter& call, void* shift, Isa isa, int threads);
 
-// Where rows wait that will be added by one class_scatter later.
+constexpr int kCacheLine = 64;      // bytes
+constexpr int kMostWaiting = 2048;  // rows: no float32 sum of theirs is longer
+
+// Rows that wait to be added by one class_scatter later, as residuals: its features, without a shift.
 struct WaitingRows {
-  void* features;   // [.., p] contiguous, of the batch's dtype
-  int64_t* labels;  // [..]
-  int64_t* filled;  // how many wait
+  char* residuals;    // [.., p], of the shift's dtype
+  int64_t row_bytes;  // from one row to the next: whole cache lines, the rest of the last one without meaning
+  int64_t* labels;    // [..]
+  int64_t* filled;    // how many wait
 };
 
 // The part of class_scatter_update that can refuse: chooses shifts, and appends the rows in use to those that
@@ -76,8 +81,6 @@ struct WaitingRows {
 // added.
 Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, int threads,
                             const WaitingRows& waiting);
-
-constexpr int kCacheLine = 64;  // bytes
 
 // Rows as they lie, of many classes.
 struct Window {
@@ -118,7 +121,9 @@ struct Panel {
   int64_t stride;  // rows it has room for, a multiple of kGroup
   int64_t tile;    // side of the squares into which the multiply stage cuts the scatter
   Precision precision;
-  char* data;  // aligned to a page
+  char* data;  // aligned to a page, but for rows that wait
+  // Of panels of numbers: how many from one `pad` columns to the next ones, and from one row to the next.
+  int64_t piece, step;
 };
 
 // What an instruction set contributes. `squares` is float64 [kGroup] for float64 features, else float32.
@@ -141,9 +146,14 @@ struct ScatterBody {
   void (*add_window)(const Window&, void* squares);
   // totals [p] += sums, and sums = 0.
   void (*move_row)(void* sums, double* totals, int64_t p);
+  // Returns |residual|^2 of a row, in that precision, and puts its residuals, whole vectors of them, where
+  // they will wait; null for nowhere.
+  double (*take_row)(const char* row, const char* shift, int64_t p, char* residuals);
   // Sums and squares of the rows of a group, column_squares[p] += the squares of their residuals, and the
   // residuals go into the panel, from row `row` of the block on.
   void (*pack)(const Group&, int64_t row, const Panel&, double* column_squares, void* squares);
+  // The same for rows that wait, which are a panel themselves; null where panels are not made of numbers.
+  void (*add_waiting)(const Group&, int64_t p, double* column_squares, void* squares);
   // scatter [p, p] += the products of panel columns [I, I + tile) and [J, J + tile), I <= J. May write
   // below the diagonal within the tile.
   void (*multiply)(const Panel&, int64_t I, int64_t J, double* scatter, char* scratch);

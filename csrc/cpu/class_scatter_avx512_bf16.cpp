@@ -104,7 +104,9 @@ const ScatterBody* body(Dtype dtype) {
                                     vectors.add_rows,
                                     vectors.add_window,
                                     vectors.move_row,
+                                    vectors.take_row,
                                     pack<Feature>,
+                                    nullptr,
                                     multiply,
                                     nullptr,
                                     nullptr};

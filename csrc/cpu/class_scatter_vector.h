@@ -2,9 +2,10 @@
 // the anonymous namespace of each instruction set's translation unit, after its target pragma: the code is
 // compiled anew there, and no copy of it can be linked into another. Hence no includes here.
 //
-// Panel: [padded / W][stride][W], columns in pieces of W. The multiply stage holds a register tile of
-// A vectors (columns i of the scatter) x B broadcasts (rows j) over all rows of the block and then adds it to
-// the float64 scatter: no float32 sum is longer than a block.
+// Panel: columns in pieces of W. One that is packed is [padded / W][stride][W]; rows that wait are one as
+// they lie, and as fast. The multiply stage holds a register tile of A vectors (columns i of the scatter) x
+// B broadcasts (rows j) over all rows of the block and then adds it to the float64 scatter: no float32 sum is
+// longer than a block.
 
 struct BFloat16 {};
 struct Float16 {};
@@ -238,21 +239,51 @@ struct VectorBody {
     });
   }
 
+  static double take_row(const char* row, const char* shift, int64_t p, char* residuals) {
+    V squares[2] = {};
+    const auto take = [&](int64_t j, int count, V& square) [[gnu::always_inline]] {
+      const V d = load<Feature, Real, W>(row, j, count) - load<Real, Real, W>(shift, j, count);
+      square += d * d;
+      if (residuals) std::memcpy(residuals + j * sizeof(Real), &d, sizeof d);
+    };
+    for_pairs(p, [&](int64_t j, int count, int second) [[gnu::always_inline]] {
+      take(j, count, squares[0]);
+      if (second > 0) take(j + W, second, squares[1]);
+    });
+    return sum<Real, W>(squares[0] + squares[1]);
+  }
+
   static void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares,
                    void* squares) {
+    Real* to = reinterpret_cast<Real*>(panel.data) + row * panel.step;
+    const int64_t piece = panel.piece, step = panel.step;
+    add_group(group, panel.p, column_squares, squares,
+              [&](int i, int64_t j, int count) [[gnu::always_inline]] {
+                const V d = load<Feature, Real, W>(group.features[i], j, count) -
+                            load<Real, Real, W>(group.shift[i], j, count);
+                __builtin_prefetch(group.next[i] + j * kSize);
+                std::memcpy(to + j / W * piece + i * step, &d, sizeof d);
+                return d;
+              });
+  }
+
+  static void add_waiting(const Group& group, int64_t p, double* column_squares, void* squares) {
+    add_group(group, p, column_squares, squares, [&](int i, int64_t j, int count) [[gnu::always_inline]] {
+      __builtin_prefetch(group.next[i] + j * sizeof(Real));
+      return load<Real, Real, W>(group.features[i], j, count);
+    });
+  }
+
+  // Sums and squares of a group; residual(i, j, count) are those of its row i from column j on.
+  template <class Residual>
+  [[gnu::always_inline]] static void add_group(const Group& group, int64_t p, double* column_squares,
+                                               void* squares, const Residual& residual) {
     const int rows = group.rows;
-    const auto at = [&](int64_t j) {
-      return reinterpret_cast<Real*>(panel.data) + j * panel.stride + row * W;
-    };
     V square[kGroup] = {};
-    for_pieces(panel.p, [&](int64_t j, int count) [[gnu::always_inline]] {
-      Real* out = at(j);
+    for_pieces(p, [&](int64_t j, int count) [[gnu::always_inline]] {
       V total = {}, columns = {};
       for (int i = 0; i < rows; i++) {
-        const V d = load<Feature, Real, W>(group.features[i], j, count) -
-                    load<Real, Real, W>(group.shift[i], j, count);
-        __builtin_prefetch(group.next[i] + j * sizeof(typename Stored<Feature>::type));
-        std::memcpy(out + i * W, &d, sizeof d);
+        const V d = residual(i, j, count);
         const V dd = d * d;
         columns += dd;
         square[i] += dd;
@@ -267,13 +298,16 @@ struct VectorBody {
     for (int i = 0; i < rows; i++) static_cast<Real*>(squares)[i] = sum<Real, W>(square[i]);
   }
 
+  static constexpr int kAhead = 32;  // rows
+
   // scatter[j + b][i + a] += over the rows of the panel, for A vectors from column i and B columns from j.
   template <int A, int B>
   static void register_tile(const Panel& panel, int64_t i, int64_t j, double* scatter) {
     const Real* data = reinterpret_cast<const Real*>(panel.data);
     const Real* left[A];
-    for (int a = 0; a < A; a++) left[a] = data + (i + a * W) * panel.stride;
-    const Real* right = data + j / W * W * panel.stride + j % W;
+    for (int a = 0; a < A; a++) left[a] = data + (i / W + a) * panel.piece;
+    const Real* right = data + j / W * panel.piece + j % W;
+    const int64_t step = panel.step;
     // What the sums are added to comes from afar and is asked for while they are made.
     for (int64_t b = j; b < j + B && b < panel.p; b++) {
       for (int64_t a = i; a < i + A * W && a < panel.p; a += 8)
@@ -283,10 +317,15 @@ struct VectorBody {
     for (int64_t row = 0; row < panel.rows; row++) {
       V column[A];
 #pragma GCC unroll 4
-      for (int a = 0; a < A; a++) std::memcpy(&column[a], left[a] + row * W, sizeof(V));
+      for (int a = 0; a < A; a++) std::memcpy(&column[a], left[a] + row * step, sizeof(V));
+      if constexpr (sizeof(V) ==
+                    kCacheLine) {  // a line of each, rows too far apart for the processor to ask for
+        for (int a = 0; a < A; a++) __builtin_prefetch(left[a] + (row + kAhead) * step);
+        __builtin_prefetch(right + (row + kAhead) * step);
+      }
 #pragma GCC unroll 16
       for (int b = 0; b < B; b++) {
-        const Real factor = right[row * W + b];  // broadcast by the multiplication
+        const Real factor = right[row * step + b];  // broadcast by the multiplication
 #pragma GCC unroll 4
         for (int a = 0; a < A; a++) total[b][a] += column[a] * factor;
       }
@@ -326,8 +365,8 @@ struct VectorBody {
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t block_rows) {
     static const ScatterBody table = {
-        W,        block_rows, 0,        element, tile<Tile>,           0,       0,
-        add_rows, add_window, move_row, pack,    multiply<A, B, Tile>, nullptr, nullptr};
+        W,        block_rows, 0,    element,     tile<Tile>,           0,       0,      add_rows, add_window,
+        move_row, take_row,   pack, add_waiting, multiply<A, B, Tile>, nullptr, nullptr};
     return &table;
   }
 };

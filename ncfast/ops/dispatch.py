@@ -58,8 +58,8 @@ def select(operation: str, features: torch.Tensor, function: str | None = None, 
     `function` names a further function of the same room, None if there is no such; by default it is the one
     named after the operation.
     """
-    backend = pick(operation, features, **options)
-    found = getattr(_module(operation, backend), function or operation, None)
+    backend, module = _pick(operation, features, options)
+    found = getattr(module, function or operation, None)
     calls = _recording.get()
     if calls is not None and found is not None:
         calls.append((operation, backend))
@@ -73,17 +73,21 @@ def beside(run: Callable[..., Any], name: str) -> Any:
 
 def pick(operation: str, features: torch.Tensor, **options: Any) -> str:
     """Return the name of the backend that `select` would pick."""
+    return _pick(operation, features, options)[0]
+
+
+def _pick(operation: str, features: torch.Tensor, options: dict[str, Any]) -> tuple[str, ModuleType]:
     forced = forced_backend()
     if forced:
         candidates: tuple[str, ...] = (forced,)
     else:
         candidates = CPU_BACKENDS if features.is_cpu else preference(operation, features, **options)
     for backend in candidates:
-        reason = _refusal(operation, backend, features, forced, options)
-        if reason is None:
-            return backend
+        found = _usable(operation, backend, features, forced, options)
+        if not isinstance(found, str):
+            return backend, found
         if forced:
-            raise RuntimeError(f"backend {backend!r} was forced but cannot run {operation}: {reason}")
+            raise RuntimeError(f"backend {backend!r} was forced but cannot run {operation}: {found}")
     raise AssertionError("the reference never refuses")
 
 
@@ -143,26 +147,29 @@ def _known(name: str, source: str) -> str:
 
 def refusal(operation: str, backend: str, features: torch.Tensor, **options: Any) -> str | None:
     """Why `backend` cannot run `operation` on these features with these options, or None when it can."""
-    return _refusal(operation, backend, features, forced_backend(), options)
+    found = _usable(operation, backend, features, forced_backend(), options)
+    return found if isinstance(found, str) else None
 
 
-def _refusal(
+def _usable(
     operation: str, backend: str, features: torch.Tensor, forced: str | None, options: dict[str, Any]
-) -> str | None:
+) -> ModuleType | str:
+    """The module of `backend`, or why it cannot run."""
     if backend in GPU_BACKENDS and forced != backend and features.is_cpu:
         return "takes CPU tensors only when forced, for tests"
-    if not _exists(operation, backend):
+    module = _module(operation, backend)
+    if isinstance(module, str):
+        return module
+    reason = module.refuses(features)
+    if reason is None and "lacks" in vars(module):
+        reason = module.lacks(features, **options)
+    return reason or module
+
+
+@functools.cache
+def _module(operation: str, backend: str) -> ModuleType | str:
+    """The module of `backend` on this installation, or why there is none."""
+    name = f"ncfast.ops.{operation}.{backend}"
+    if importlib.util.find_spec(name) is None:
         return f"{operation} has no {backend} implementation"
-    reason = unavailable(backend) or _module(operation, backend).refuses(features)
-    lacks = None if reason else getattr(_module(operation, backend), "lacks", None)
-    return lacks(features, **options) if lacks else reason
-
-
-@functools.cache
-def _exists(operation: str, backend: str) -> bool:
-    return importlib.util.find_spec(f"ncfast.ops.{operation}.{backend}") is not None
-
-
-@functools.cache
-def _module(operation: str, backend: str) -> ModuleType:
-    return importlib.import_module(f"ncfast.ops.{operation}.{backend}")
+    return unavailable(backend) or importlib.import_module(name)

@@ -31,7 +31,7 @@ class ClassScatter(NamedTuple):
 
 
 class WaitingRows:
-    """Rows of small batches that are checked, have a shift, and are yet to be added, together.
+    """Rows of small batches that are checked, less their shifts, and yet to be added, together.
 
     One visit to the p×p scatter, which is larger than a small batch, then serves many of them.
     """
@@ -44,9 +44,12 @@ class WaitingRows:
     """There is always room for a batch, which may yet be refused."""
 
     def __init__(self, like: torch.Tensor) -> None:
+        numbers = 64 // like.element_size()  # of a cache line
+        # An odd number of lines: csrc/cpu/class_rows.h says why.
+        self._row = numbers * ((like.shape[1] + numbers - 1) // numbers | 1)
         with torch.inference_mode(False):
-            self.features = like.new_empty(self.ROOM, like.shape[1])
-            """[ROOM, p], the first `filled` of which wait."""
+            self.residuals = like.new_empty(self.ROOM, self._row)[:, : like.shape[1]]
+            """[ROOM, p], the first `filled` of which wait: h − k_y, of the shift's dtype."""
             self.labels = like.new_empty(self.ROOM, dtype=torch.int64)
             """[ROOM], each in [0, C)."""
             self.filled = like.new_zeros((), dtype=torch.int64)
@@ -57,10 +60,10 @@ class WaitingRows:
         """To be held by who adds rows to them or to the state: reading a state may do that in any thread."""
 
     @classmethod
-    def of(cls, features: torch.Tensor, labels: torch.Tensor) -> "WaitingRows":
+    def of(cls, residuals: torch.Tensor, labels: torch.Tensor) -> "WaitingRows":
         """Let rows [R, p] wait, R ≤ ROOM, that have been checked."""
-        waiting, rows = cls(features), len(features)
-        waiting.features[:rows] = features
+        waiting, rows = cls(residuals), len(residuals)
+        waiting.residuals[:rows] = residuals
         waiting.labels[:rows] = labels
         waiting.filled.fill_(rows)
         return waiting
@@ -69,13 +72,13 @@ class WaitingRows:
         return int(self.filled)
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those waiting: features [filled, p] and labels [filled]."""
+        """Those waiting: residuals [filled, p] and labels [filled]."""
         rows = len(self)
-        return self.features[:rows], self.labels[:rows]
+        return self.residuals[:rows], self.labels[:rows]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        features, labels = self.rows()
-        return WaitingRows.of, (features.clone(), labels.clone())
+        residuals, labels = self.rows()
+        return WaitingRows.of, (residuals.clone(), labels.clone())
 
 
 class RowError(ValueError):
@@ -286,22 +289,20 @@ def admit(
     return True
 
 
-def accumulate_waiting(
-    state: ClassScatter, waiting: WaitingRows, shift: torch.Tensor, *, precision: str = "high"
-) -> None:
+def accumulate_waiting(state: ClassScatter, waiting: WaitingRows, *, precision: str = "high") -> None:
     """Add the rows that wait to `state` in place, to its scatter at least from the diagonal up."""
-    features, labels = waiting.rows()
-    if shift.dtype == torch.float64:  # as it became meanwhile
-        features = features.double()
-    add, scatter = waiting.add, state.scatter is not None
+    add = waiting.add
+    residuals, labels = waiting.rows()
     if add is None:
-        backend = dispatch.select("class_scatter", features, scatter=scatter, num_classes=len(shift))
+        scatter, C = state.scatter is not None, len(state.counts)
+        backend = dispatch.select("class_scatter", residuals, scatter=scatter, num_classes=C)
         add = dispatch.beside(backend, "add_admitted")
     if add is not None:
-        add(state, features, labels, shift, precision=precision, filled=waiting.filled)
+        add(state, waiting, precision=precision)
     else:
+        about_zero = torch.zeros_like(state.sums, dtype=residuals.dtype)
         accumulate_by_adding(
-            backend, state, features, labels, shift, precision, -1, waiting, filled=waiting.filled
+            backend, state, residuals, labels, about_zero, precision, -1, waiting, filled=waiting.filled
         )
 
 
@@ -383,10 +384,15 @@ def _choose_shift(
 
 
 def far_shifts(counts: torch.Tensor, sums: torch.Tensor, sumsq: torch.Tensor) -> torch.Tensor:
-    """[C] bool: the classes whose shift is more than two standard deviations from their mean."""
+    """[C] bool: the classes whose shift is more than two standard deviations from their mean.
+
+    One sample has no deviation: its class is held to that of all classes together.
+    """
     n = counts.clamp(min=1)
     drift = (sums / n[:, None]).square().sum(1)  # ‖μ_c − k_c‖²
-    return drift > 4 * (sumsq / n - drift).clamp(min=0.0)
+    about_mean = (sumsq - n * drift).clamp(min=0.0)  # Σ‖h − μ_c‖²
+    pooled = about_mean.sum() / (n - 1).sum().clamp(min=1)
+    return drift > 4 * torch.where(counts == 1, pooled, about_mean / n)
 
 
 def as_stored(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ncfast import _cpu
 from ncfast.ops.class_scatter import (
     ClassScatter,
     WaitingRows,
@@ -92,9 +93,7 @@ def admit(
     *,
     ignore_index: int = -100,
 ) -> None:
-    """Copy the rows in use to those waiting; raises as `accumulate` does, and then leaves all as it was."""
-    import ncfast._cpu as _cpu
-
+    """Let the rows in use join those waiting; raises as `accumulate` does, and then leaves all as it was."""
     features = _with_contiguous_rows(features)
     refusal: str = _cpu.class_scatter_admit(
         *_batch(features, labels),
@@ -102,24 +101,17 @@ def admit(
         shift.data_ptr(),
         shift.shape[0],
         torch.get_num_threads(),
-        waiting.features.data_ptr(),
+        waiting.residuals.data_ptr(),
+        waiting.residuals.stride(0) * waiting.residuals.element_size(),
         waiting.labels.data_ptr(),
         waiting.filled.data_ptr(),
     )
     _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
 
 
-def add_admitted(
-    state: ClassScatter,
-    features: torch.Tensor,  # [N, p]
-    labels: torch.Tensor,  # [N]
-    shift: torch.Tensor,  # [C, p]
-    *,
-    precision: str = "high",
-    filled: torch.Tensor,  # []
-) -> None:
-    """Add rows that were admitted to `state` in place, to its scatter from the diagonal up; zero `filled`."""
-    _run(state, features, labels, shift, precision, -1, "admitted", filled)
+def add_admitted(state: ClassScatter, waiting: WaitingRows, *, precision: str = "high") -> None:
+    """Add the rows that wait to `state` in place, to its scatter from the diagonal up; none waits then."""
+    _run(state, *waiting.rows(), None, precision, -1, "admitted", waiting.filled)
 
 
 def _raise_for(
@@ -133,7 +125,7 @@ def _raise_for(
 
 
 def _with_contiguous_rows(features: torch.Tensor) -> torch.Tensor:
-    return features if features.shape[1] == 1 or features.stride(1) == 1 else features.contiguous()
+    return features if features.stride(1) == 1 or features.shape[1] == 1 else features.contiguous()
 
 
 def _batch(features: torch.Tensor, labels: torch.Tensor) -> tuple[Any, ...]:
@@ -153,22 +145,20 @@ def _run(
     result: ClassScatter,
     features: torch.Tensor,
     labels: torch.Tensor,
-    shift: torch.Tensor,
+    shift: torch.Tensor | None,
     precision: str,
     ignore_index: int,
     mode: str,
     filled: torch.Tensor | None = None,
 ) -> str:
-    import ncfast._cpu as _cpu
-
     features = _with_contiguous_rows(features)
-    if mode == "whole":
+    if shift is not None and mode == "whole":
         shift = shift.contiguous()
     refusal: str = _cpu.class_scatter(
         *_batch(features, labels),
         ignore_index=ignore_index,
-        shift=shift.data_ptr(),
-        C=shift.shape[0],
+        shift=0 if shift is None else shift.data_ptr(),
+        C=result.counts.shape[0],
         precision=precision,
         counts=result.counts.data_ptr(),
         sums=result.sums.data_ptr(),
