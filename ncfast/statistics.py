@@ -116,20 +116,10 @@ class ClassStatistics:
         self._add_waiting()
         return self._counts
 
-    @counts.setter
-    def counts(self, value: torch.Tensor) -> None:
-        self._add_waiting()
-        self._counts = value
-
     @property
     def shift(self) -> torch.Tensor:
         """[C, p] float32 or float64: k_c, NaN until a sample of class c is seen."""
         return self._shift
-
-    @shift.setter
-    def shift(self, value: torch.Tensor) -> None:
-        self._add_waiting()
-        self._shift = value
 
     @property
     def sums(self) -> torch.Tensor:
@@ -137,21 +127,11 @@ class ClassStatistics:
         self._add_waiting()
         return self._sums
 
-    @sums.setter
-    def sums(self, value: torch.Tensor) -> None:
-        self._add_waiting()
-        self._sums = value
-
     @property
     def sumsq(self) -> torch.Tensor:
         """[C] float64: Σ‖h − k_c‖²."""
         self._add_waiting()
         return self._sumsq
-
-    @sumsq.setter
-    def sumsq(self, value: torch.Tensor) -> None:
-        self._add_waiting()
-        self._sumsq = value
 
     @property
     def scatter(self) -> torch.Tensor | None:
@@ -159,11 +139,6 @@ class ClassStatistics:
         self._add_waiting()
         self._mirror()
         return self._scatter
-
-    @scatter.setter
-    def scatter(self, value: torch.Tensor | None) -> None:
-        self._add_waiting()
-        self._scatter, self._upper_only = value, False
 
     def _mirror(self) -> None:
         if self._scatter is not None and self._upper_only:
@@ -798,8 +773,7 @@ def _update_op(
         nonfinite=nonfinite,
         device=sums.device,
     )
-    stats.counts, stats.shift, stats.sums, stats.sumsq, stats.scatter = counts, shift, sums, sumsq, scatter
-    stats._skipped, stats._refused = skipped, refused
+    stats._replace(sums, sumsq, scatter, counts=counts, shift=shift, skipped=skipped, refused=refused)
     with torch.inference_mode():  # in which these very tensors are written to, wherever they come from
         stats._add(features, labels, radii=False)
 

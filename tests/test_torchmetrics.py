@@ -14,6 +14,7 @@ import torch
 import torchmetrics
 
 import ncfast
+from ncfast import ClassStatistics
 from ncfast.integrations.torchmetrics import CLASSIFIER_FIELDS, MEANS_FIELDS, NeuralCollapse
 
 import oracle
@@ -70,6 +71,34 @@ def test_update_is_class_statistics_bit_for_bit():
         assert stats.num_samples  # read, so that no rows wait, as none do in the metric
     for name in ("counts", "shift", "sums", "sumsq", "scatter"):
         assert torch.equal(getattr(metric, name), getattr(stats, name))
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_update_that_is_interrupted_when_its_sums_are_added(monkeypatch):
+    """The shift, which became float64, is kept all the same."""
+    metric, parts = NeuralCollapse(C, P), batches()[:1]
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassStatistics, "_recentre", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            metric.update(*parts[0])
+    assert_agree(metric.compute(), expected(parts))
+
+
+def test_an_update_that_is_interrupted_before_the_scatter_is_mirrored(monkeypatch):
+    features, labels = oracle.clustered(C, 100, 80, 0.5)
+    metric, stats = NeuralCollapse(C, 100), ncfast.ClassStatistics(C, 100)
+    for rows in (slice(0, 40), slice(40, 80)):
+        assert stats.update(features[rows], labels[rows]).num_samples  # read, so that no rows wait
+    metric.update(features[:40], labels[:40])
+    with monkeypatch.context() as patch:
+        patch.setattr(NeuralCollapse, "_keep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            metric.update(features[40:], labels[40:])
+    nc1 = metric.compute()["nc1"]
+    assert nc1 == ncfast.collapse(stats).nc1
 
 
 def test_head_is_read_when_computed_and_is_no_submodule():

@@ -31,6 +31,13 @@ struct Carry {
   Carry(int64_t strips, int64_t p) : sums(strips * p), column_squares(strips * p), sumsq(strips) {}
 };
 
+// Whether rows that wait are multiplied as they lie. Long ones are packed: the processor sees no pattern in
+// columns so far apart, and asking for them all by software takes longer than packing.
+bool are_panel(const ScatterBody& body, int64_t row_bytes) {
+  constexpr int64_t kLongest = 9 << 10;
+  return body.add_waiting && row_bytes <= kLongest;
+}
+
 template <class Real>
 class Pass {
  public:
@@ -40,7 +47,7 @@ class Pass {
         threads_(threads),
         poll_(poll),
         order_(call, std::min(call.N, kChunk), threads),
-        as_they_lie_(!call.shift && body.add_waiting),
+        as_they_lie_(!call.shift && are_panel(body, call.row_bytes)),
         no_shift_(call.shift ? 0 : call.p) {}
 
   Refusal run() {
@@ -343,27 +350,17 @@ class Admission {
       }
       if (label_[i] >= 0) used.push_back(i);
     }
-    const int64_t rows = used.size(), parts = threads_for(rows * p, threads);
-    for (const int64_t i : used) {
-      Real* k = shift + label_[i] * p;
-      if (std::isnan(k[0])) choose(feature_row(call, i), body, k);
-    }
-    char* to = waiting ? waiting->residuals + *waiting->filled * waiting->row_bytes : nullptr;
-    std::atomic<bool> finite{true};
-    parallel_for(threads, parts, [&](int64_t piece, int) {
-      for (int64_t u = part(rows, piece, parts); u < part(rows, piece + 1, parts); u++) {
-        const int64_t i = used[u];
-        const char* k = reinterpret_cast<const char*>(shift + label_[i] * p);
-        const Real square =
-            body.take_row(feature_row(call, i), k, p, to ? to + u * waiting->row_bytes : nullptr);
-        // Added up in another order it may be a little larger.
-        if (!std::isfinite(checked(2 * square))) finite = false;
+    try {
+      for (const int64_t i : used) {
+        Real* k = shift + label_[i] * p;
+        if (std::isnan(k[0])) choose(feature_row(call, i), body, k);
       }
-    });
-    if (!finite) {
-      refusal_ = Refusal::nonfinite;
+      if (!take(used, shift, body, threads, waiting)) refusal_ = Refusal::nonfinite;
+    } catch (...) {  // out of memory
       undo();
+      throw;
     }
+    if (refusal_ != Refusal::none) undo();
   }
 
   Refusal refusal() const { return refusal_; }
@@ -393,13 +390,31 @@ class Admission {
  private:
   void choose(const char* row, const ScatterBody& body, Real* k) {
     const int64_t p = call_.p;
-    chosen_.push_back(k);
-    overwritten_.insert(overwritten_.end(), k, k + p);
-    // The sums of one row about zero are the row itself, whatever its dtype.
     const std::vector<Real> zeros(p);
+    overwritten_.insert(overwritten_.end(), k, k + p);
+    chosen_.push_back(k);
+    // The sums of one row about zero are the row itself, whatever its dtype.
     std::fill_n(k, p, Real(0));
     Real square;
     body.add_rows(&row, &row, 1, reinterpret_cast<const char*>(zeros.data()), k, p, &square);
+  }
+
+  // Returns whether the residuals of the rows `used` and their squares are finite.
+  bool take(const std::vector<int64_t>& used, const Real* shift, const ScatterBody& body, int threads,
+            const WaitingRows* waiting) const {
+    const int64_t rows = used.size(), p = call_.p, parts = threads_for(rows * p, threads);
+    char* to = waiting ? waiting->residuals + *waiting->filled * waiting->row_bytes : nullptr;
+    std::atomic<bool> finite{true};
+    parallel_for(threads, parts, [&](int64_t piece, int) {
+      for (int64_t u = part(rows, piece, parts); u < part(rows, piece + 1, parts); u++) {
+        const char* k = reinterpret_cast<const char*>(shift + label_[used[u]] * p);
+        const Real square =
+            body.take_row(feature_row(call_, used[u]), k, p, to ? to + u * waiting->row_bytes : nullptr);
+        // Added up in another order it may be a little larger.
+        if (!std::isfinite(checked(2 * square))) finite = false;
+      }
+    });
+    return finite;
   }
 
   const ClassScatter& call_;
@@ -425,16 +440,15 @@ ClassScatter rows_of(const WaitingRows& waiting, ClassScatter call) {
 
 template <class Real>
 Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
-  // Few rows wait for a moment where that saves a stage.
-  std::vector<int64_t> labels;
-  Memory<char> residuals;
+  // Where it saves a stage the rows wait, though only until they are all admitted.
   int64_t filled = 0;
   WaitingRows waiting = {nullptr, waiting_row_bytes<Real>(call.p), nullptr, &filled};
-  const ClassScatter none_yet = rows_of<Real>(waiting, call);
+  const ScatterBody& later = scatter_body(rows_of<Real>(waiting, call), isa);
   const bool wait =
-      call.N <= kMostWaiting && call.scatter && !call.radii && scatter_body(none_yet, isa).add_waiting;
+      call.N <= kMostWaiting && call.scatter && !call.radii && are_panel(later, waiting.row_bytes);
+  Memory<char> residuals;
+  std::vector<int64_t> labels(wait ? call.N : 0);
   if (wait) {
-    labels.resize(call.N);
     residuals = allocate_or_kept(call.N * waiting.row_bytes);
     waiting.residuals = residuals.get();
     waiting.labels = labels.data();

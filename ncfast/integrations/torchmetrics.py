@@ -35,15 +35,15 @@ CLASSIFIER_FIELDS = (
 )
 
 # The state of the metric, and where a ClassStatistics keeps it.
-_STATES = {
-    "counts": "counts",
-    "shift": "shift",
-    "sums": "sums",
-    "sumsq": "sumsq",
-    "scatter": "scatter",
-    "skipped": "_skipped",
-    "refused": "_refused",
-}
+_STATES = (
+    "counts",
+    "shift",
+    "sums",
+    "sumsq",
+    "scatter",
+    "skipped",
+    "refused",
+)  # tensors of a ClassStatistics
 
 
 class NeuralCollapse(Metric):
@@ -107,8 +107,8 @@ class NeuralCollapse(Metric):
             ignore_index=ignore_index,
             nonfinite=nonfinite,
         )
-        for state, attribute in _STATES.items():
-            tensor = getattr(empty, attribute)
+        for state in _STATES:
+            tensor = vars(empty)[f"_{state}"]
             if tensor is not None:
                 # Never reduced on its own, but by `_sync_dist` and `_reduce_states` together.
                 self.add_state(state, tensor, dist_reduce_fx=None)
@@ -118,8 +118,10 @@ class NeuralCollapse(Metric):
     def update(self, features: torch.Tensor, target: torch.Tensor) -> None:
         """Add features [..., p] and their labels [...]: see `ncfast.ClassStatistics.update`."""
         stats = self._statistics(self.metric_state)
-        stats.update(features.detach().reshape(-1, features.shape[-1]), target.reshape(-1))
-        self._keep(stats)
+        try:
+            stats.update(features.detach().reshape(-1, features.shape[-1]), target.reshape(-1))
+        finally:  # whatever interrupts, all of a batch has been added or nothing
+            self._keep(stats)
 
     def compute(self) -> dict[str, torch.Tensor]:
         """The fields by name; all NaN without samples, as of a batch whose labels are all ignored."""
@@ -139,13 +141,13 @@ class NeuralCollapse(Metric):
     def _statistics(self, states: dict[str, Any]) -> ClassStatistics:
         """A ClassStatistics over these very tensors."""
         stats = copy.copy(self._options)
-        for state, attribute in _STATES.items():
-            setattr(stats, attribute, states.get(state))
+        tensors: dict[str, Any] = {state: states.get(state) for state in _STATES}
+        stats._replace(**tensors)  # no more of the scatter than `_keep` may have been kept from mirroring
         return stats
 
     def _keep(self, stats: ClassStatistics) -> None:
-        for state in self._defaults:
-            setattr(self, state, getattr(stats, _STATES[state]))
+        stats._mirror()
+        vars(self).update({state: vars(stats)[f"_{state}"] for state in self._defaults})  # all at once
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         missing = set(self._defaults) - set(incoming_state)
