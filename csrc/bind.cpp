@@ -75,7 +75,8 @@ class Interruptible {
 
 const std::map<ncfast::Refusal, std::string> kRefusals = {{ncfast::Refusal::none, ""},
                                                           {ncfast::Refusal::label, "label"},
-                                                          {ncfast::Refusal::nonfinite, "nonfinite"}};
+                                                          {ncfast::Refusal::nonfinite, "nonfinite"},
+                                                          {ncfast::Refusal::room, "room"}};
 
 enum class Mode {
   whole,     // results anew, with the whole scatter, interruptible
@@ -133,7 +134,7 @@ std::string class_scatter_admit(Address features, const std::string& dtype, int6
                                 int64_t row_bytes, Address labels, int label_size, int64_t label_bytes,
                                 int64_t ignore_index, Address shift, int64_t C, int threads,
                                 Address residuals, int64_t residual_row_bytes, Address waiting_labels,
-                                Address filled) {
+                                Address filled, int64_t room) {
   ncfast::ClassScatter call = {};
   call.N = N;
   call.p = p;
@@ -146,7 +147,7 @@ std::string class_scatter_admit(Address features, const std::string& dtype, int6
   call.label_bytes = label_bytes;
   call.ignore_index = ignore_index;
   const ncfast::WaitingRows waiting = {at<char>(residuals), residual_row_bytes, at<int64_t>(waiting_labels),
-                                       at<int64_t>(filled)};
+                                       at<int64_t>(filled), room};
   const ncfast::Isa isa = selected("class_scatter");
   py::gil_scoped_release release;
   return kRefusals.at(ncfast::class_scatter_admit(call, at<void>(shift), isa, threads, waiting));
@@ -240,7 +241,7 @@ PYBIND11_MODULE(_cpu, m) {
         "sums"_a, "sumsq"_a, "scatter"_a, "radii"_a, "threads"_a, "mode"_a, "filled"_a);
   m.def("class_scatter_admit", &class_scatter_admit, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a,
         "labels"_a, "label_size"_a, "label_bytes"_a, "ignore_index"_a, "shift"_a, "C"_a, "threads"_a,
-        "residuals"_a, "residual_row_bytes"_a, "waiting_labels"_a, "filled"_a);
+        "residuals"_a, "residual_row_bytes"_a, "waiting_labels"_a, "filled"_a, "room"_a);
   m.def("affine_argmax", &affine_argmax, "features"_a, "dtype"_a, "N"_a, "p"_a, "row_bytes"_a, "middle"_a,
         "rules"_a, "threads"_a);
   m.def("pair_geometry", &pair_geometry, "vectors"_a, "C"_a, "p"_a, "variances"_a, "statistics"_a,

@@ -233,25 +233,26 @@ class ClassStatistics:
 
     def _add_now(self, features: torch.Tensor, labels: torch.Tensor, radii: torch.Tensor | None) -> None:
         self._thaw()
-        state, shift = self._state(radii), self._shift.to(shift_dtype(features.dtype))
-        # Until this is known to be wrong: what is above the diagonal is up to date, whatever interrupts.
-        upper_only, self._upper_only = self._upper_only, True
+        shift, upper_only = self._shift, self._upper_only
+        # Right whatever interrupts: the same shifts, and what is above the diagonal.
+        self._shift, self._upper_only = shift.to(shift_dtype(features.dtype)), True
+        state = self._state(radii)
         try:
             whole = accumulate(
                 state,
                 features,
                 labels,
-                shift,
+                self._shift,
                 precision=self.precision,
                 ignore_index=self.ignore_index,
                 waiting=self._waiting,
             )
         except Exception:  # nothing was added
-            self._upper_only = upper_only
+            self._shift, self._upper_only = shift, upper_only
             raise
         # Also the scatter, in case a signal handler has read the state and put a mirrored one there.
         upper_only |= not whole or self._scatter is not state.scatter
-        vars(self).update(_shift=shift, _scatter=state.scatter, _upper_only=upper_only)
+        vars(self).update(_scatter=state.scatter, _upper_only=upper_only)
 
     def _state(self, radii: torch.Tensor | None = None) -> ClassScatter:
         return ClassScatter(self._counts, self._sums, self._sumsq, self._scatter, radii)

@@ -6,12 +6,19 @@ import copy
 import pickle
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import ncfast
-from ncfast.ops.class_scatter import WaitingRows, accumulate, accumulate_by_adding, accumulate_waiting
+from ncfast.ops.class_scatter import (
+    WaitingRows,
+    accumulate,
+    accumulate_by_adding,
+    accumulate_waiting,
+    admit,
+)
 
 import oracle
 from oracle import EPS
@@ -653,6 +660,17 @@ def test_threads_that_read_add_waiting_rows_once():
     assert stats.num_samples == 60_000
 
 
+def test_rows_that_find_no_room_do_not_wait():
+    """As when several threads add to one state: nobody's memory is written to."""
+    pytest.importorskip("ncfast._cpu")
+    features, labels = oracle.clustered(7, 33, 180, 0.3)
+    rows = WaitingRows.of(torch.zeros(1100, 33), torch.zeros(1100, dtype=torch.int64))
+    shift = torch.zeros(7, 33)
+    for there_is_room in (True, False):
+        assert admit(rows, features, labels, shift) is there_is_room
+        assert len(rows) == 1280
+
+
 def test_a_signal_while_waiting_rows_are_added(monkeypatch):
     """It is handled when the kernel has returned: the rows are then in the sums, and no longer wait."""
     cpu = pytest.importorskip("ncfast._cpu")
@@ -767,6 +785,56 @@ def test_a_signal_while_results_are_added(rows_wait):
     assert added[:2] == (400, 0)
     assert [other[:2] for other in others] == [(200, 200 if rows_wait else 0)]
     assert sum(outcome in others for outcome in outcomes) > 10
+
+
+@pytest.mark.parametrize(
+    ("before", "dtype"),
+    [(0, torch.float64), (2, torch.float64), (2, torch.float32), (5, torch.float32)],
+    ids=["first, wide", "wide", "waits", "added with those that wait"],
+)
+def test_an_interrupted_update_is_all_or_nothing(before, dtype):
+    """At whatever line of ncfast's Python: the shifts are there, too, and the scatter can be read."""
+    features, labels = oracle.clustered(4, 33, 200, 0.5)
+    batches = [(features, labels)] * before + [(features.to(dtype), labels)]
+    home = str(Path(ncfast.__file__).parent)
+
+    def update(interrupted):
+        """Return the state after all batches, and how many lines the last one took."""
+        stats = ncfast.ClassStatistics(4, 33, precision="highest")
+        stats._rows_then = 10**9  # shifts stay, and rows wait
+        for batch in batches[:before]:
+            stats.update(*batch)
+        lines = 0
+
+        def trace(frame, event, _):
+            nonlocal lines
+            if not frame.f_code.co_filename.startswith(home):
+                return None
+            if event == "line":
+                lines += 1
+                if lines == interrupted:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            stats.update(*batches[-1])
+        finally:
+            sys.settrace(None)
+            seen.append(stats)
+        return lines
+
+    seen = []
+    update(None)  # which loads modules
+    lines = update(None)
+    assert lines > 50
+    for line in range(1, lines + 1):
+        with pytest.raises(KeyboardInterrupt):
+            update(line)
+    assert {stats.num_samples for stats in seen} == {200 * before, 200 * before + 200}
+    for stats in seen:
+        if stats.num_samples:
+            assert_all_seen(stats, batches[: stats.num_samples // 200])
 
 
 def test_waiting_rows_are_added_by_who_admitted_them():

@@ -350,6 +350,10 @@ class Admission {
       }
       if (label_[i] >= 0) used.push_back(i);
     }
+    if (waiting && *waiting->filled + static_cast<int64_t>(used.size()) > waiting->room) {
+      refusal_ = Refusal::room;
+      return;
+    }
     try {
       for (const int64_t i : used) {
         Real* k = shift + label_[i] * p;
@@ -442,7 +446,7 @@ template <class Real>
 Refusal update(const ClassScatter& call, Real* shift, Isa isa, int threads) {
   // Where it saves a stage the rows wait, though only until they are all admitted.
   int64_t filled = 0;
-  WaitingRows waiting = {nullptr, waiting_row_bytes<Real>(call.p), nullptr, &filled};
+  WaitingRows waiting = {nullptr, waiting_row_bytes<Real>(call.p), nullptr, &filled, call.N};
   const ScatterBody& later = scatter_body(rows_of<Real>(waiting, call), isa);
   const bool wait =
       call.N <= kMostWaiting && call.scatter && !call.radii && are_panel(later, waiting.row_bytes);

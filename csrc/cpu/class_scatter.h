@@ -38,7 +38,7 @@ struct ClassScatter {
   int64_t label_bytes;   // from one label to the next
   int64_t ignore_index;  // left out even if in [0, C)
   const void* shift;     // [C, p] contiguous; float64 when the features are, else float32. Null: these are
-                         // rows that wait, up to kMostWaiting, and there is a scatter
+                         // rows that wait, up to kMostWaiting; there is a scatter, and there are no radii
   Precision precision;
 
   // The results are added to what these hold unless `fresh`. Below its diagonal the scatter is without
@@ -52,7 +52,7 @@ struct ClassScatter {
   bool fresh;  // what these hold has no meaning yet
 };
 
-enum class Refusal { none, label, nonfinite };
+enum class Refusal { none, label, nonfinite, room };
 
 // Refuses a label outside [0, C) that is not ignore_index, with the outputs half written, as they are when
 // `poll` throws: it is called now and then on the calling thread. Says so, with complete outputs, if a sumsq
@@ -74,11 +74,12 @@ struct WaitingRows {
   int64_t row_bytes;  // from one row to the next: whole cache lines, the rest of the last one without meaning
   int64_t* labels;    // [..]
   int64_t* filled;    // how many wait
+  int64_t room;       // how many can
 };
 
 // The part of class_scatter_update that can refuse: chooses shifts, and appends the rows in use to those that
-// wait, for which there must be room. Needs no outputs. The shifts of waiting rows must stay until they are
-// added.
+// wait. Refuses rows that find no room as well. Needs no outputs. The shifts of waiting rows must stay until
+// they are added.
 Refusal class_scatter_admit(const ClassScatter& call, void* shift, Isa isa, int threads,
                             const WaitingRows& waiting);
 

@@ -4,8 +4,8 @@
 //
 // Panel: columns in pieces of W. One that is packed is [padded / W][stride][W]; rows that wait are one as
 // they lie, and as fast. The multiply stage holds a register tile of A vectors (columns i of the scatter) x
-// B broadcasts (rows j) over all rows of the block and then adds it to the float64 scatter: no float32 sum is
-// longer than a block.
+// B broadcasts (rows j) over all rows of the block, or all that wait, and then adds it to the float64
+// scatter: no float32 sum is longer than that.
 
 struct BFloat16 {};
 struct Float16 {};

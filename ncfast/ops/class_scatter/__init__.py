@@ -41,14 +41,14 @@ class WaitingRows:
     MOST_OF_BATCH = 256
     """Rows of the largest batch that waits; what is larger gains less than copying it costs."""
     ROOM = MOST + MOST_OF_BATCH
-    """There is always room for a batch, which may yet be refused."""
+    """There is room for a batch, which may yet be refused, unless several threads add theirs."""
 
     def __init__(self, like: torch.Tensor) -> None:
         numbers = 64 // like.element_size()  # of a cache line
         # An odd number of lines: csrc/cpu/class_rows.h says why.
-        self._row = numbers * ((like.shape[1] + numbers - 1) // numbers | 1)
+        row = numbers * ((like.shape[1] + numbers - 1) // numbers | 1)
         with torch.inference_mode(False):
-            self.residuals = like.new_empty(self.ROOM, self._row)[:, : like.shape[1]]
+            self.residuals = like.new_empty(self.ROOM, row)[:, : like.shape[1]]
             """[ROOM, p], the first `filled` of which wait: h − k_y, of the shift's dtype."""
             self.labels = like.new_empty(self.ROOM, dtype=torch.int64)
             """[ROOM], each in [0, C)."""
@@ -275,31 +275,30 @@ def admit(
     *,
     ignore_index: int = -100,
 ) -> bool:
-    """Let a checked batch join those that wait, for which there must be room; `accumulate` does the rest.
+    """Let a checked batch join those that wait; `accumulate` does the rest.
 
-    Returns whether the backend does that. Chooses shifts and raises as `accumulate` does, and what raises
-    leaves all as it was.
+    Returns whether it did: not every backend does that, and another thread may have taken the room. Chooses
+    shifts and raises as `accumulate` does, and what raises leaves all as it was.
     """
     run = dispatch.select("class_scatter", features, "admit", num_classes=len(shift))
     if run is None:
         return False
     with waiting.lock:
         waiting.add = dispatch.beside(run, "add_admitted")
-        run(waiting, features, labels, shift, ignore_index=ignore_index)
-    return True
+        return cast(bool, run(waiting, features, labels, shift, ignore_index=ignore_index))
 
 
 def accumulate_waiting(state: ClassScatter, waiting: WaitingRows, *, precision: str = "high") -> None:
     """Add the rows that wait to `state` in place, to its scatter at least from the diagonal up."""
     add = waiting.add
-    residuals, labels = waiting.rows()
     if add is None:
         scatter, C = state.scatter is not None, len(state.counts)
-        backend = dispatch.select("class_scatter", residuals, scatter=scatter, num_classes=C)
+        backend = dispatch.select("class_scatter", waiting.residuals, scatter=scatter, num_classes=C)
         add = dispatch.beside(backend, "add_admitted")
     if add is not None:
         add(state, waiting, precision=precision)
     else:
+        residuals, labels = waiting.rows()
         about_zero = torch.zeros_like(state.sums, dtype=residuals.dtype)
         accumulate_by_adding(
             backend, state, residuals, labels, about_zero, precision, -1, waiting, filled=waiting.filled

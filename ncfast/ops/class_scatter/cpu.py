@@ -92,8 +92,11 @@ def admit(
     shift: torch.Tensor,  # [C, p]
     *,
     ignore_index: int = -100,
-) -> None:
-    """Let the rows in use join those waiting; raises as `accumulate` does, and then leaves all as it was."""
+) -> bool:
+    """Let the rows in use join those waiting, and say whether there was room for them.
+
+    Raises as `accumulate` does, and then leaves all as it was.
+    """
     features = _with_contiguous_rows(features)
     refusal: str = _cpu.class_scatter_admit(
         *_batch(features, labels),
@@ -105,8 +108,10 @@ def admit(
         waiting.residuals.stride(0) * waiting.residuals.element_size(),
         waiting.labels.data_ptr(),
         waiting.filled.data_ptr(),
+        waiting.ROOM,
     )
     _raise_for(refusal, features, labels, shift.shape[0], ignore_index)
+    return refusal != "room"
 
 
 def add_admitted(state: ClassScatter, waiting: WaitingRows, *, precision: str = "high") -> None:
