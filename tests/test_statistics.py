@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import copy
+import math
 import pickle
 import sys
 import threading
@@ -297,8 +298,10 @@ def test_a_given_shift_of_a_class_with_one_sample_is_kept_while_it_is_near():
     """One sample has no deviation to compare with; those of the other classes say what is near."""
     features, labels = oracle.clustered(3, 4, 60, 1.0, dtype=torch.float64)
     whole = streamed(features, labels, 3)
-    for away, moved in ((0.5, False), (10.0, True)):
+    variance = float(whole.trace_within) * 60 / (60 - 3)
+    for squares, moved in ((0.98, False), (1.02, True)):
         stats = ncfast.ClassStatistics(4, 4, shift=torch.cat([whole.means, torch.zeros(1, 4)]))
+        away = math.sqrt(squares * variance)  # in each of four directions: two deviations in all, almost
         lone = torch.full((1, 4), away, dtype=torch.float64)
         stats.update(torch.cat([features, lone]), torch.cat([labels, torch.tensor([3])]))
         assert torch.equal(stats.shift[3], lone[0] if moved else torch.zeros(4).double())
@@ -658,6 +661,36 @@ def test_threads_that_read_add_waiting_rows_once():
         for watcher in watchers:
             watcher.result()
     assert stats.num_samples == 60_000
+
+
+def test_float32_rows_wait_while_the_shift_becomes_float64(tmp_path):
+    batches = small_batches()[:6]
+    features, labels = oracle.clustered(7, 33, 60, 0.3)
+    stats = ncfast.ClassStatistics(7, 33, precision="highest")
+    for batch in batches:
+        stats.update(*batch)
+    stats.update(features.double(), labels)
+    assert waiting(stats) > 0
+    torch.save(stats.state_dict(), tmp_path / "state.pt")
+    resumed = ncfast.ClassStatistics(7, 33, precision="highest")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for one in (stats, resumed):
+        state = one.state_dict()
+        assert (state["waiting_residuals"].dtype, state["shift"].dtype) == (torch.float32, torch.float64)
+        one.update(features, labels)  # not with those
+        assert_all_seen(one, [*batches, (features, labels), (features, labels)])
+        one.update(features, labels)
+        assert one.state_dict()["waiting_residuals"].dtype == torch.float64
+    assert bits(resumed) == bits(stats)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [1, 8, 9, 15, 16, 17, 512])
+def test_rows_wait_in_an_odd_number_of_whole_cache_lines(p, dtype):
+    """Kernels write whole vectors."""
+    row = WaitingRows(torch.empty(1, p, dtype=dtype)).residuals.stride(0) * dtype.itemsize
+    assert row % 128 == 64
+    assert 0 <= row - p * dtype.itemsize < 128
 
 
 def test_rows_that_find_no_room_do_not_wait():

@@ -69,8 +69,9 @@ def test_update_is_class_statistics_bit_for_bit():
         metric.update(features, labels)
         stats.update(features, labels)
         assert stats.num_samples  # read, so that no rows wait, as none do in the metric
-    for name in ("counts", "shift", "sums", "sumsq", "scatter"):
+    for name in ("counts", "shift", "sums", "sumsq"):
         assert torch.equal(getattr(metric, name), getattr(stats, name))
+    assert torch.equal(metric.scatter.triu(), stats.scatter.triu())
 
 
 def interrupt(*_):
@@ -196,6 +197,27 @@ def test_merge_state():
     assert torch.equal(two.sums, sums)
     with pytest.raises(ValueError, match="lacks"):
         one.merge_state({"counts": counts})
+
+
+def test_states_of_other_dtypes_and_strides_are_converted():
+    """Kernels write to their addresses."""
+    metric, loaded = NeuralCollapse(C, P), NeuralCollapse(C, P)
+    for one in (metric, loaded):
+        one.persistent(True)
+    metric.update(*batches()[0])
+    state = metric.state_dict()
+    loaded.load_state_dict(
+        {name: value.to(torch.int32 if name == "counts" else torch.float32) for name, value in state.items()}
+    )
+    loaded.scatter = loaded.scatter.T.contiguous().T
+    for one in (metric, loaded):
+        one.update(*batches()[1])
+    for name, value in metric.compute().items():
+        oracle.assert_within(loaded.compute()[name], value, 1e-4 * abs(value) + 1e-6, name)
+    assert loaded.sums.dtype == torch.float64
+    loaded.sums = loaded.sums[1:]
+    with pytest.raises(ValueError, match=r"sums must have shape \[5, 12\]"):
+        loaded.update(*batches()[1])
 
 
 def test_state_is_float64_whatever_is_asked():

@@ -117,7 +117,7 @@ struct Group {
 
 struct Panel {
   int64_t p;       // columns
-  int64_t padded;  // columns, rounded up to ScatterBody::pad; those from p on hold zeros
+  int64_t padded;  // columns, rounded up to ScatterBody::pad; those from p on do not matter
   int64_t rows;    // rows filled
   int64_t stride;  // rows it has room for, a multiple of kGroup
   int64_t tile;    // side of the squares into which the multiply stage cuts the scatter

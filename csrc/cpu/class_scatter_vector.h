@@ -104,6 +104,7 @@ inline Real sum(const Vec<Real, W>& values) {
 template <class Feature, class Real, int W>
 struct VectorBody {
   using V = Vec<Real, W>;
+  static_assert(kCacheLine % sizeof(V) == 0);  // or it would reach beyond the rows that wait
 
   // run(column, count) for the columns of a row, W at a time and then the rest. Inlined twice, so that a
   // whole piece is loaded and added without asking how long it is, from and to registers.
@@ -318,8 +319,8 @@ struct VectorBody {
       V column[A];
 #pragma GCC unroll 4
       for (int a = 0; a < A; a++) std::memcpy(&column[a], left[a] + row * step, sizeof(V));
-      if constexpr (sizeof(V) ==
-                    kCacheLine) {  // a line of each, rows too far apart for the processor to ask for
+      // A line of each: they may be too far apart for the processor to ask for them.
+      if constexpr (sizeof(V) == kCacheLine) {
         for (int a = 0; a < A; a++) __builtin_prefetch(left[a] + (row + kAhead) * step);
         __builtin_prefetch(right + (row + kAhead) * step);
       }

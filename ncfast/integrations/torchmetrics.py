@@ -139,15 +139,21 @@ class NeuralCollapse(Metric):
         return self._plot(val, ax)
 
     def _statistics(self, states: dict[str, Any]) -> ClassStatistics:
-        """A ClassStatistics over these very tensors."""
+        """A ClassStatistics over these very tensors, or copies of those that it could not write to."""
         stats = copy.copy(self._options)
-        tensors: dict[str, Any] = {state: states.get(state) for state in _STATES}
-        stats._replace(**tensors)  # no more of the scatter than `_keep` may have been kept from mirroring
+        tensors: dict[str, Any] = dict.fromkeys(_STATES)
+        for state in self._defaults:
+            ours, given = vars(self._options)[f"_{state}"], states[state]
+            if given.shape != ours.shape:
+                raise ValueError(f"{state} must have shape {list(ours.shape)}, got {list(given.shape)}")
+            wide = state == "shift" and given.dtype == torch.float64
+            tensors[state] = given.to(torch.float64 if wide else ours.dtype).contiguous()
+        stats._replace(**tensors)
         return stats
 
     def _keep(self, stats: ClassStatistics) -> None:
-        stats._mirror()
-        vars(self).update({state: vars(stats)[f"_{state}"] for state in self._defaults})  # all at once
+        # All at once, whatever signals come. What is below the diagonal of the scatter is out of date.
+        vars(self).update({state: vars(stats)[f"_{state}"] for state in self._defaults})
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         missing = set(self._defaults) - set(incoming_state)

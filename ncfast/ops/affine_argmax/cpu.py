@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+import ncfast._cpu as _cpu
 from ncfast.ops.affine_argmax import reference
 
 _SAMPLE = 256  # rows behind the middle point
@@ -40,8 +41,6 @@ def affine_argmax(
     rules: Sequence[tuple[torch.Tensor, torch.Tensor]],  # (V [C, p], b [C]) each
 ) -> tuple[torch.Tensor, ...]:  # [N] int64 each
     """Decide on the fastest instruction set here, or NCFAST_CPU_ISA."""
-    import ncfast._cpu as _cpu
-
     if features.shape[1] > 1 and features.stride(1) != 1:
         features = features.contiguous()
     N, p = features.shape

@@ -48,7 +48,8 @@ class WaitingRows:
         # An odd number of lines: csrc/cpu/class_rows.h says why.
         row = numbers * ((like.shape[1] + numbers - 1) // numbers | 1)
         with torch.inference_mode(False):
-            self.residuals = like.new_empty(self.ROOM, row)[:, : like.shape[1]]
+            self._lines = like.new_empty(self.ROOM, row)
+            self.residuals = self._lines[:, : like.shape[1]]
             """[ROOM, p], the first `filled` of which wait: h − k_y, of the shift's dtype."""
             self.labels = like.new_empty(self.ROOM, dtype=torch.int64)
             """[ROOM], each in [0, C)."""
@@ -63,6 +64,7 @@ class WaitingRows:
     def of(cls, residuals: torch.Tensor, labels: torch.Tensor) -> "WaitingRows":
         """Let rows [R, p] wait, R ≤ ROOM, that have been checked."""
         waiting, rows = cls(residuals), len(residuals)
+        waiting._lines[:rows] = 0  # what follows a row is multiplied, too, though to no end
         waiting.residuals[:rows] = residuals
         waiting.labels[:rows] = labels
         waiting.filled.fill_(rows)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ncfast import _cpu
+import ncfast._cpu as _cpu
 from ncfast.ops.class_scatter import (
     ClassScatter,
     WaitingRows,

@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+import ncfast._cpu as _cpu
 from ncfast.ops.pair_geometry import PairGeometry
 
 
@@ -17,8 +18,6 @@ def pair_geometry(
     variances: torch.Tensor | None,  # [C] float64
 ) -> PairGeometry:
     """Reduce every pair of the upper triangle."""
-    import ncfast._cpu as _cpu
-
     vectors = vectors.contiguous()
     C, p = vectors.shape
     variances = None if variances is None else variances.contiguous()
@@ -53,8 +52,6 @@ def pair_geometry(
 
 def etf_error(left: torch.Tensor, right: torch.Tensor | None) -> torch.Tensor:
     """Project the Gram matrix on the ideal one, and sum what remains; the upper triangle alone for R = L."""
-    import ncfast._cpu as _cpu
-
     left = left.contiguous()
     right = left if right is None else right.contiguous()
     C, p = left.shape
@@ -77,8 +74,6 @@ def decision_radius(
 
     With `bound` compute `ncfast.ops.pair_geometry.radius_bound` instead.
     """
-    import ncfast._cpu as _cpu
-
     same = (anchors.data_ptr(), anchors.shape, anchors.stride()) == (
         weight.data_ptr(),
         weight.shape,
