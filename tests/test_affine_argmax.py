@@ -371,6 +371,32 @@ def test_thread_count_does_not_matter(backend):
     assert all(torch.equal(decisions[0], other) for other in decisions[1:])
 
 
+@pytest.mark.parametrize(("slack", "decides"), [(0.0, True), (0.5, True), (1.1, False)])
+def test_the_slack_of_the_weight_leaves_rows_open(backend, slack, decides):
+    """Rows of norm 3 on the axis of two opposite classes of norm 1: scores that differ by 6."""
+    if backend != "cpu":
+        pytest.skip("others decide by no bound")
+    features = torch.zeros(40, 17)
+    features[:, 5] = torch.tensor([3.0, -3.0]).repeat(20)
+    weight = torch.zeros(2, 17, dtype=torch.float64)
+    weight[:, 5] = torch.tensor([1.0, -1.0])
+    zeros = torch.zeros(17), torch.zeros(2, dtype=torch.float64)
+    index, decided = torch.full((40,), -1), torch.zeros(40, dtype=torch.bool)
+    rule = {
+        "C": 2,
+        "weight": weight.data_ptr(),
+        "bias": zeros[1].data_ptr(),
+        "weight_slack": slack,
+        "bias_slack": 0.0,
+        "index": index.data_ptr(),
+        "decided": decided.data_ptr(),
+    }
+    _cpu.affine_argmax(features.data_ptr(), "float32", 40, 17, 17 * 4, zeros[0].data_ptr(), [rule], 1)
+    assert decided.tolist() == [decides] * 40
+    if decides:
+        assert index.tolist() == [0, 1] * 20
+
+
 def test_no_rows(backend):  # noqa: ARG001 (nothing runs)
     assert ncfast.affine_argmax(torch.empty(0, 4), torch.randn(3, 4)).shape == (0,)
     assert [len(d) for d in ncfast.affine_argmax(torch.empty(0, 4), [torch.randn(3, 4)] * 2)] == [0, 0]
