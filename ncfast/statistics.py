@@ -137,8 +137,15 @@ class ClassStatistics:
     def scatter(self) -> torch.Tensor | None:
         """[p, p] float64: Σ(h − k_y)(h − k_y)ᵀ; None without scatter."""
         self._add_waiting()
-        self._mirror()
-        return self._scatter
+        with self._locked():
+            self._mirror()
+            return self._scatter
+
+    def _locked(self) -> contextlib.AbstractContextManager[Any]:
+        """To be held by who writes to the sums: reading a state may do that in any thread."""
+        if self._waiting is None or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        return self._waiting.lock
 
     def _mirror(self) -> None:
         if self._scatter is not None and self._upper_only:
@@ -221,7 +228,7 @@ class ClassStatistics:
             if len(waiting) >= WaitingRows.MOST:
                 self._add_waiting()
         else:
-            with contextlib.nullcontext() if self._waiting is None else self._waiting.lock:
+            with self._locked():
                 self._add_now(features, labels, distances)
         if refused is not None:
             self._thaw()
@@ -575,11 +582,15 @@ class ClassStatistics:
         the same bits.
         """
         self._raise_refused()
-        self._mirror()
-        residuals, labels = self._waiting.rows() if self._waiting else (None, None)
-        tensors = self._tensors() | {"waiting_residuals": residuals, "waiting_labels": labels}
-        state: dict[str, Any] = {name: None if t is None else t.clone() for name, t in tensors.items()}
-        recentring = [self._rows_then, self._rows_since]
+        with self._locked():
+            self._mirror()
+            rows = len(self._waiting or ())
+            residuals, labels = self._waiting.rows() if self._waiting else (None, None)
+            tensors = self._tensors() | {"waiting_residuals": residuals, "waiting_labels": labels}
+            state: dict[str, Any] = {name: None if t is None else t.clone() for name, t in tensors.items()}
+            recentring = [self._rows_then, self._rows_since]
+        if rows != len(self._waiting or ()):
+            return self.state_dict()  # a signal handler has added them meanwhile: they may be there twice
         return state | {"num_skipped": self.num_skipped, "recentring": recentring, "format": _FORMAT}
 
     def _tensors(self) -> dict[str, torch.Tensor | None]:
@@ -644,6 +655,8 @@ class ClassStatistics:
             return None
         if not _is_plain(residuals) or not _is_plain(labels):
             raise ValueError("waiting_residuals and waiting_labels must be two tensors or None")
+        if self._scatter is None:
+            raise ValueError("no rows wait where the scatter is not kept")
         rows = len(residuals) if residuals.ndim else 0
         if residuals.shape != (rows, self.dim) or labels.shape != (rows,) or rows > WaitingRows.ROOM:
             raise ValueError(

@@ -309,6 +309,16 @@ def test_a_given_shift_of_a_class_with_one_sample_is_kept_while_it_is_near():
         oracle.assert_within(stats.means[3], lone[0], EPS * away)
 
 
+def test_a_shift_far_from_a_lone_sample_leaves_no_doubt_about_others():
+    """What float32 rounds off its square is no deviation."""
+    features, labels = oracle.clustered(3, 4, 60, 1.0)
+    shift = torch.cat([streamed(features, labels, 3).means.float(), torch.tensor([[1e6] * 4, [20.0] * 4])])
+    lone = torch.cat([torch.full((1, 4), 0.1), torch.zeros(1, 4)])
+    stats = ncfast.ClassStatistics(5, 4, shift=shift)
+    stats.update(torch.cat([features, lone]), torch.cat([labels, torch.tensor([3, 4])]))
+    oracle.assert_within(stats.shift[3:], lone, 1e6 * 2.0**-23)
+
+
 def test_accumulate_returns_the_distance_to_the_shift():
     features, labels = oracle.clustered(3, 4, 30, 1.0)
     labels[4] = -100
@@ -704,6 +714,27 @@ def test_rows_that_find_no_room_do_not_wait():
         assert len(rows) == 1280
 
 
+def test_a_signal_handler_reads_a_number_while_the_state_is_saved(monkeypatch):
+    """The rows that waited are then not in the state twice."""
+    features, labels = oracle.clustered(7, 33, 200, 0.3)
+    stats = ncfast.ClassStatistics(7, 33, precision="highest").update(features, labels)
+    stats._rows_then = 10_000
+    stats.update(features, labels)
+    assert waiting(stats) > 0
+    tensors = ncfast.ClassStatistics._tensors
+
+    def interrupted(self):
+        assert self.num_samples == 400
+        return tensors(self)
+
+    monkeypatch.setattr(ncfast.ClassStatistics, "_tensors", interrupted)
+    state = stats.state_dict()
+    monkeypatch.undo()
+    saved = ncfast.ClassStatistics(7, 33)
+    saved.load_state_dict(state)
+    assert saved.num_samples == 400
+
+
 def test_a_signal_while_waiting_rows_are_added(monkeypatch):
     """It is handled when the kernel has returned: the rows are then in the sums, and no longer wait."""
     cpu = pytest.importorskip("ncfast._cpu")
@@ -954,6 +985,8 @@ def test_rows_that_cannot_be_waiting_are_refused():
         ({"recentring": [1, -1]}, "recentring must be two counts"),
         ({"recentring": None}, "recentring must be two counts"),
     ]
+    with pytest.raises(ValueError, match="no rows wait where the scatter is not kept"):
+        ncfast.ClassStatistics(7, 33, scatter=False).load_state_dict(state | {"scatter": None})
     other = ncfast.ClassStatistics(7, 33)
     for change, words in changes:
         with pytest.raises(ValueError, match=words):

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -35,7 +36,7 @@ struct Carry {
 // columns so far apart, and asking for them all by software takes longer than packing.
 bool are_panel(const ScatterBody& body, int64_t row_bytes) {
   constexpr int64_t kLongest = 9 << 10;
-  return body.add_waiting && row_bytes <= kLongest;
+  return body.add_residuals && row_bytes <= kLongest;
 }
 
 template <class Real>
@@ -56,7 +57,7 @@ class Pass {
     const int64_t most = round_up(std::min(call_.N, kChunk), kGroup);
     strip_ = fused ? kFusedStrip : kPackStrip;
     const int64_t block_rows = std::min(most, fused ? kFusedBlock : body_.block_rows);
-    Carry carry((block_rows + strip_ - 1) / strip_, p);
+    Carry carry(as_they_lie_ ? 0 : (block_rows + strip_ - 1) / strip_, p);
     const int64_t stride = fused ? body_.fused_rows : block_rows, tile = fused ? padded : body_.tile(padded);
     const int64_t panels = fused ? threads_ : 1;
     const size_t panel_bytes =
@@ -77,7 +78,7 @@ class Pass {
       const int64_t rows = std::min(kChunk, call_.N - first);
       if (!order_.sort(call_, first, rows)) return Refusal::label;
       if (as_they_lie_) {
-        add_waiting(diagonal);
+        multiply_waiting(diagonal);
         break;
       }
       fill_radii<Real>(call_, order_, first, rows);
@@ -229,7 +230,7 @@ class Pass {
 
   // Rows that wait are a panel as they lie. Whoever multiplies a tile on the diagonal adds its columns first,
   // for which they have to come to its cache anyway.
-  void add_waiting(std::vector<double>& diagonal) {
+  void multiply_waiting(std::vector<double>& diagonal) {
     Panel& panel = panels_[0];
     panel.data = static_cast<char*>(const_cast<void*>(call_.features));
     panel.piece = body_.pad;
@@ -239,7 +240,7 @@ class Pass {
     parallel_for(threads_for(call_.N * call_.p), static_cast<int64_t>(tiles_.size()),
                  [&](int64_t i, int slot) {
                    const auto [I, J] = tiles_[i];
-                   if (I == J) add_columns(I, diagonal, &squares[I / panel.tile * call_.N]);
+                   if (I == J) add_tile_columns(I, diagonal, &squares[I / panel.tile * call_.N]);
                    multiply_tile(i, slot);
                  });
     for (int64_t row = 0; row < call_.N; row++) {
@@ -251,7 +252,7 @@ class Pass {
   }
 
   // The columns of one tile, from `first` on, of all rows that wait.
-  void add_columns(int64_t first, std::vector<double>& diagonal, Real* squares) {
+  void add_tile_columns(int64_t first, std::vector<double>& diagonal, Real* squares) {
     const int64_t columns = std::min(call_.p - first, panels_[0].tile), rows = call_.N;
     const auto residuals = [&](int64_t row) { return feature_row(row) + first * sizeof(Real); };
     for (int64_t row = 0; row < rows; row += kGroup) {
@@ -264,7 +265,7 @@ class Pass {
         group.sums[i] = call_.sums + c * call_.p + first;
         group.last[i] = i + 1 == group.rows || label_of(row + i + 1) != c;
       }
-      body_.add_waiting(group, columns, &diagonal[first], squares + row);
+      body_.add_residuals(group, columns, &diagonal[first], squares + row);
     }
   }
 
@@ -319,6 +320,8 @@ const ScatterBody& scatter_body(const ClassScatter& call, Isa isa) {
 }  // namespace
 
 Refusal class_scatter(const ClassScatter& call, Isa isa, int threads, const std::function<void()>& poll) {
+  if (!call.shift && (!call.scatter || call.radii || call.N > kMostWaiting))
+    throw std::invalid_argument("class_scatter: not for rows that wait");
   const ScatterBody& body = scatter_body(call, isa);
   const Refusal refusal = !call.scatter                  ? class_sums(call, body, isa, threads, poll)
                           : call.dtype == Dtype::float64 ? Pass<double>(call, body, threads, poll).run()

@@ -154,7 +154,7 @@ struct ScatterBody {
   // residuals go into the panel, from row `row` of the block on.
   void (*pack)(const Group&, int64_t row, const Panel&, double* column_squares, void* squares);
   // The same for rows that wait, which are a panel themselves; null where panels are not made of numbers.
-  void (*add_waiting)(const Group&, int64_t p, double* column_squares, void* squares);
+  void (*add_residuals)(const Group&, int64_t p, double* column_squares, void* squares);
   // scatter [p, p] += the products of panel columns [I, I + tile) and [J, J + tile), I <= J. May write
   // below the diagonal within the tile.
   void (*multiply)(const Panel&, int64_t I, int64_t J, double* scatter, char* scratch);

@@ -268,7 +268,7 @@ struct VectorBody {
               });
   }
 
-  static void add_waiting(const Group& group, int64_t p, double* column_squares, void* squares) {
+  static void add_residuals(const Group& group, int64_t p, double* column_squares, void* squares) {
     add_group(group, p, column_squares, squares, [&](int i, int64_t j, int count) [[gnu::always_inline]] {
       __builtin_prefetch(group.next[i] + j * sizeof(Real));
       return load<Real, Real, W>(group.features[i], j, count);
@@ -365,9 +365,22 @@ struct VectorBody {
 
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t block_rows) {
-    static const ScatterBody table = {
-        W,        block_rows, 0,    element,     tile<Tile>,           0,       0,      add_rows, add_window,
-        move_row, take_row,   pack, add_waiting, multiply<A, B, Tile>, nullptr, nullptr};
+    static const ScatterBody table = {W,
+                                      block_rows,
+                                      0,
+                                      element,
+                                      tile<Tile>,
+                                      0,
+                                      0,
+                                      add_rows,
+                                      add_window,
+                                      move_row,
+                                      take_row,
+                                      pack,
+                                      add_residuals,
+                                      multiply<A, B, Tile>,
+                                      nullptr,
+                                      nullptr};
     return &table;
   }
 };

@@ -34,16 +34,8 @@ CLASSIFIER_FIELDS = (
     "unc3",
 )
 
-# The state of the metric, and where a ClassStatistics keeps it.
-_STATES = (
-    "counts",
-    "shift",
-    "sums",
-    "sumsq",
-    "scatter",
-    "skipped",
-    "refused",
-)  # tensors of a ClassStatistics
+# The state of the metric: tensors that a ClassStatistics keeps as _counts, _shift and so on.
+_STATES = ("counts", "shift", "sums", "sumsq", "scatter", "skipped", "refused")
 
 
 class NeuralCollapse(Metric):
@@ -70,6 +62,8 @@ class NeuralCollapse(Metric):
         nonfinite: "error" or "skip".
         kwargs: those of torchmetrics.Metric.
 
+    Its states are those of `ClassStatistics`; below the diagonal, `scatter` is out of date.
+
     Raises:
         ValueError: an option that is not known; and what `ClassStatistics` and `collapse` raise.
 
@@ -78,6 +72,7 @@ class NeuralCollapse(Metric):
     is_differentiable = False
     higher_is_better = None
     full_state_update = False
+    shift: torch.Tensor
 
     def __init__(
         self,
@@ -117,11 +112,11 @@ class NeuralCollapse(Metric):
 
     def update(self, features: torch.Tensor, target: torch.Tensor) -> None:
         """Add features [..., p] and their labels [...]: see `ncfast.ClassStatistics.update`."""
+        if features.dtype == torch.float64:  # then all is added in place, and nothing can be lost on the way
+            self.shift = self.shift.double()
         stats = self._statistics(self.metric_state)
-        try:
-            stats.update(features.detach().reshape(-1, features.shape[-1]), target.reshape(-1))
-        finally:  # whatever interrupts, all of a batch has been added or nothing
-            self._keep(stats)
+        stats.update(features.detach().reshape(-1, features.shape[-1]), target.reshape(-1))
+        self._keep(stats)
 
     def compute(self) -> dict[str, torch.Tensor]:
         """The fields by name; all NaN without samples, as of a batch whose labels are all ignored."""
@@ -152,8 +147,13 @@ class NeuralCollapse(Metric):
         return stats
 
     def _keep(self, stats: ClassStatistics) -> None:
-        # All at once, whatever signals come. What is below the diagonal of the scatter is out of date.
+        # All at once, whatever signals come.
         vars(self).update({state: vars(stats)[f"_{state}"] for state in self._defaults})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for state in self._defaults:  # which are now the tensors in the dictionary, not to be written to
+            setattr(self, state, getattr(self, state).clone())
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         missing = set(self._defaults) - set(incoming_state)

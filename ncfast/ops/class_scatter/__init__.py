@@ -37,7 +37,7 @@ class WaitingRows:
     """
 
     MOST = 1024
-    """As many rows are added."""
+    """As many rows are added; with ROOM, below kMostWaiting of csrc/cpu/class_scatter.h."""
     MOST_OF_BATCH = 256
     """Rows of the largest batch that waits; what is larger gains less than copying it costs."""
     ROOM = MOST + MOST_OF_BATCH
@@ -391,7 +391,7 @@ def far_shifts(counts: torch.Tensor, sums: torch.Tensor, sumsq: torch.Tensor) ->
     """
     n = counts.clamp(min=1)
     drift = (sums / n[:, None]).square().sum(1)  # ‖μ_c − k_c‖²
-    about_mean = (sumsq - n * drift).clamp(min=0.0)  # Σ‖h − μ_c‖²
+    about_mean = torch.where(counts > 1, sumsq - n * drift, 0.0).clamp_(min=0.0)  # Σ‖h − μ_c‖²
     pooled = about_mean.sum() / (n - 1).sum().clamp(min=1)
     return drift > 4 * torch.where(counts == 1, pooled, about_mean / n)
 
