@@ -241,7 +241,7 @@ class ClassStatistics:
     def _add_now(self, features: torch.Tensor, labels: torch.Tensor, radii: torch.Tensor | None) -> None:
         self._thaw()
         shift, upper_only = self._shift, self._upper_only
-        # Right whatever interrupts: the same shifts, and what is above the diagonal.
+        # Set first: an interruption leaves shifts that fit the sums, and a scatter known by its upper half.
         self._shift, self._upper_only = shift.to(shift_dtype(features.dtype)), True
         state = self._state(radii)
         try:
@@ -639,13 +639,17 @@ class ClassStatistics:
             loaded[name] = theirs.to(ours.device, copy=True).contiguous()
         if not loaded["shift"][loaded["counts"] > 0].isfinite().all():
             raise ValueError("a class that has samples has no shift")
-        self._waiting = self._as_waiting(state["waiting_residuals"], state["waiting_labels"], loaded["shift"])
-        for name, tensor in loaded.items():
-            setattr(self, f"_{name}", tensor)
-        self._upper_only = False
-        self._rows_then, self._rows_since = state["recentring"]
-        self._skipped = torch.full_like(self._skipped, state["num_skipped"])
-        self._refused = torch.zeros_like(self._refused)
+        rows_then, rows_since = state["recentring"]
+        others = {
+            "waiting": self._as_waiting(state["waiting_residuals"], state["waiting_labels"], loaded["shift"]),
+            "upper_only": False,
+            "rows_then": rows_then,
+            "rows_since": rows_since,
+            "skipped": torch.full_like(self._skipped, state["num_skipped"]),
+            "refused": torch.zeros_like(self._refused),
+        }
+        # All at once, whatever signals come.
+        vars(self).update({f"_{name}": value for name, value in (loaded | others).items()})
         if self._defers:
             self._add_waiting()  # there it would never be full
 

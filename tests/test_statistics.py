@@ -661,21 +661,34 @@ def test_a_shift_stays_while_rows_wait_about_it():
 
 def test_threads_that_read_add_waiting_rows_once():
     features, labels = oracle.clustered(7, 512, 200, 0.3)
-    stats = ncfast.ClassStatistics(7, 512)
+    stats = ncfast.ClassStatistics(7, 512).update(features, labels).update(features, labels)
+    assert waiting(stats) == 0  # those that wait have the lock
+    stats.update(features, labels)
     done = threading.Event()
 
     def watch():
         while not done.is_set():
             assert stats.num_samples <= 60_000
+            assert stats.scatter is not None
+            saved = ncfast.ClassStatistics(7, 512)
+            saved.load_state_dict(stats.state_dict())
+            assert saved.num_samples <= 60_000
+            oracle.assert_relative(saved.scatter.trace(), saved.sumsq.sum(), 1e-5)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         watchers = [pool.submit(watch) for _ in range(2)]
-        for _ in range(300):
-            stats.update(features, labels)
-        done.set()
+        try:
+            for _ in range(297):
+                stats.update(features, labels)
+        finally:
+            done.set()
         for watcher in watchers:
             watcher.result()
     assert stats.num_samples == 60_000
+    whole = ncfast.ClassStatistics(7, 512).update(features.repeat(300, 1), labels.repeat(300))
+    oracle.assert_within(
+        stats.within_covariance, whole.within_covariance, 1e-4 * whole.within_covariance.abs().max()
+    )
 
 
 def test_float32_rows_wait_while_the_shift_becomes_float64(tmp_path):

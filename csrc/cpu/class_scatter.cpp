@@ -49,7 +49,7 @@ class Pass {
         poll_(poll),
         order_(call, std::min(call.N, kChunk), threads),
         as_they_lie_(!call.shift && are_panel(body, call.row_bytes)),
-        no_shift_(call.shift ? 0 : call.p) {}
+        no_shift_(call.shift || as_they_lie_ ? 0 : call.p) {}
 
   Refusal run() {
     const int64_t p = call_.p, padded = round_up(p, body_.pad);
@@ -95,7 +95,7 @@ class Pass {
         if (!fused) multiply_tiles(end - start);
       }
     }
-    // The exact squares of the pack stage: the low-precision products would bias the diagonal.
+    // The squares as they were added up with the sums: low-precision products would bias the diagonal.
     for (int64_t j = 0; j < p; j++) call_.scatter[j * p + j] = diagonal[j];
     if (call_.symmetric) mirror();
     keep(std::move(memory));
@@ -290,7 +290,7 @@ class Pass {
   int64_t chunk_ = 0, strip_ = 0;
   Order order_;
   bool as_they_lie_;            // whether the rows are the panel
-  std::vector<Real> no_shift_;  // zeros [p] for rows that wait, whose shifts are subtracted
+  std::vector<Real> no_shift_;  // zeros [p] for rows that wait and are packed: their shifts are subtracted
   std::vector<Panel> panels_;   // one, or one per thread
   std::vector<std::pair<int64_t, int64_t>> tiles_;
   char* scratch_ = nullptr;  // of scratch_bytes_ per thread
@@ -338,7 +338,7 @@ namespace {
 template <class Real>
 class Admission {
  public:
-  // Puts the residuals of the rows in use to those that wait, unless these are null.
+  // Puts the residuals of the rows in use to those that wait, unless `waiting` is null.
   Admission(const ClassScatter& call, Real* shift, const ScatterBody& body, int threads,
             const WaitingRows* waiting)
       : call_(call), label_(call.N) {

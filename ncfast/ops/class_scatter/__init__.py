@@ -41,7 +41,7 @@ class WaitingRows:
     MOST_OF_BATCH = 256
     """Rows of the largest batch that waits; what is larger gains less than copying it costs."""
     ROOM = MOST + MOST_OF_BATCH
-    """There is room for a batch, which may yet be refused, unless several threads add theirs."""
+    """A batch finds room, unless several threads add theirs at once."""
 
     def __init__(self, like: torch.Tensor) -> None:
         numbers = 64 // like.element_size()  # of a cache line
