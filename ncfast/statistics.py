@@ -589,8 +589,8 @@ class ClassStatistics:
             tensors = self._tensors() | {"waiting_residuals": residuals, "waiting_labels": labels}
             state: dict[str, Any] = {name: None if t is None else t.clone() for name, t in tensors.items()}
             recentring = [self._rows_then, self._rows_since]
-        if rows != len(self._waiting or ()):
-            return self.state_dict()  # a signal handler has added them meanwhile: they may be there twice
+            if rows != len(self._waiting or ()):
+                return self.state_dict()  # a signal handler has added them meanwhile: they may be there twice
         return state | {"num_skipped": self.num_skipped, "recentring": recentring, "format": _FORMAT}
 
     def _tensors(self) -> dict[str, torch.Tensor | None]:
