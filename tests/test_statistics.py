@@ -968,6 +968,36 @@ def test_sums_are_not_for_assignment():
             setattr(stats, name, getattr(stats, name))
 
 
+def test_an_interrupted_load_leaves_the_old_state_or_the_new_one():
+    features, labels = oracle.clustered(7, 33, 200, 0.3)
+    old = ncfast.ClassStatistics(7, 33).update(features, labels)
+    new = ncfast.ClassStatistics(7, 33)
+    for batch in small_batches():
+        new.update(*batch)
+    assert waiting(new) > 0
+    state, code = new.state_dict(), ncfast.ClassStatistics.load_state_dict.__code__
+    outcomes = {str(bits(old)), str(bits(new))}
+    seen = set()
+    for interrupted in sorted({line for _, _, line in code.co_lines() if line}):
+        stats = copy.deepcopy(old)
+
+        def trace(frame, event, _, interrupted=interrupted):
+            if frame.f_code is not code:
+                return None
+            if event == "line" and frame.f_lineno == interrupted:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                stats.load_state_dict(state)
+        finally:
+            sys.settrace(None)
+        seen.add(str(bits(stats)))
+    assert seen == outcomes
+
+
 def test_rows_that_cannot_be_waiting_are_refused():
     batches = small_batches()
     stats = ncfast.ClassStatistics(7, 33)
