@@ -753,6 +753,38 @@ def test_a_signal_handler_reads_a_number_while_the_state_is_saved(monkeypatch):
     assert saved.num_samples == 400
 
 
+def lines_of(code):
+    return sorted({line for _, _, line in code.co_lines() if line} - {code.co_firstlineno})
+
+
+@contextlib.contextmanager
+def handled(is_meant, handle):
+    """Call handle(line) before every line of code that is meant, as a signal's handler is called."""
+
+    def trace(frame, event, _):
+        if not is_meant(frame.f_code):
+            return None
+        if event == "line":
+            sys.settrace(None)
+            handle(frame.f_lineno)
+            sys.settrace(trace)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+def handled_at(code, line, handle):
+    return handled(lambda running: running is code, lambda now: handle() if now == line else None)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def test_a_signal_while_waiting_rows_are_added(monkeypatch):
     """It is handled when the kernel has returned: the rows are then in the sums, and no longer wait."""
     cpu = pytest.importorskip("ncfast._cpu")
@@ -808,26 +840,17 @@ def test_a_signal_handler_reads_the_state():
     for rows_wait in (True, False):
         truth = ncfast.ClassStatistics(7, 33).update(features.repeat(3, 1), labels.repeat(3))
         for code in codes[2:] if rows_wait else codes[:2]:
-            for line in sorted({line for _, _, line in code.co_lines() if line} - {code.co_firstlineno}):
+            for line in lines_of(code):
                 stats = ncfast.ClassStatistics(7, 33).update(features, labels).update(features, labels)
                 stats._rows_may_wait = rows_wait
                 stats._rows_then = 10_000
 
-                def trace(frame, event, _, code=code, line=line, stats=stats):
-                    if frame.f_code is not code:
-                        return None
-                    if event == "line" and frame.f_lineno == line:
-                        sys.settrace(None)
-                        assert stats.scatter is not None
-                        sys.settrace(trace)
-                    return trace
+                def read(stats=stats):
+                    assert stats.scatter is not None
 
-                sys.settrace(trace)
-                try:
+                with handled_at(code, line, read):
                     stats.update(features, labels)
                     assert stats.num_samples == 600
-                finally:
-                    sys.settrace(None)
                 assert torch.equal(stats.scatter, stats.scatter.T)
                 assert_same_statistics(stats, truth, 1e-5)
 
@@ -844,23 +867,15 @@ def test_a_signal_while_results_are_added(rows_wait):
         if rows_wait:
             stats._waiting = WaitingRows.of(features, labels)
 
-        def trace(frame, event, _):
-            if frame.f_code is not code:
-                return None
-            if event == "line" and frame.f_lineno == interrupted:
-                raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
         try:
-            stats._add_waiting() if rows_wait else stats.update(features, labels)
+            with handled_at(code, interrupted, interrupt):
+                stats._add_waiting() if rows_wait else stats.update(features, labels)
         finally:
-            sys.settrace(None)
             outcomes.append((int(stats._counts.sum()), waiting(stats), float(stats._scatter.sum())))
 
     with ncfast.use_backend("reference"):
         run(None)
-        for line in sorted({line for _, _, line in code.co_lines() if line} - {code.co_firstlineno}):
+        for line in lines_of(code):
             with contextlib.suppress(KeyboardInterrupt):
                 run(line)
     added, others = outcomes[0], set(outcomes) - {outcomes[0]}
@@ -888,21 +903,16 @@ def test_an_interrupted_update_is_all_or_nothing(before, dtype):
             stats.update(*batch)
         lines = 0
 
-        def trace(frame, event, _):
+        def count(_):
             nonlocal lines
-            if not frame.f_code.co_filename.startswith(home):
-                return None
-            if event == "line":
-                lines += 1
-                if lines == interrupted:
-                    raise KeyboardInterrupt
-            return trace
+            lines += 1
+            if lines == interrupted:
+                interrupt()
 
-        sys.settrace(trace)
         try:
-            stats.update(*batches[-1])
+            with handled(lambda code: code.co_filename.startswith(home), count):
+                stats.update(*batches[-1])
         finally:
-            sys.settrace(None)
             seen.append(stats)
         return lines
 
@@ -978,22 +988,10 @@ def test_an_interrupted_load_leaves_the_old_state_or_the_new_one():
     state, code = new.state_dict(), ncfast.ClassStatistics.load_state_dict.__code__
     outcomes = {str(bits(old)), str(bits(new))}
     seen = set()
-    for interrupted in sorted({line for _, _, line in code.co_lines() if line}):
+    for line in lines_of(code):
         stats = copy.deepcopy(old)
-
-        def trace(frame, event, _, interrupted=interrupted):
-            if frame.f_code is not code:
-                return None
-            if event == "line" and frame.f_lineno == interrupted:
-                raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                stats.load_state_dict(state)
-        finally:
-            sys.settrace(None)
+        with contextlib.suppress(KeyboardInterrupt), handled_at(code, line, interrupt):
+            stats.load_state_dict(state)
         seen.add(str(bits(stats)))
     assert seen == outcomes
 

@@ -151,6 +151,22 @@ class Pass {
     return from > start && label_of(from) == label_of(from - 1);
   }
 
+  // The rows of the order from `row` on, those before `to`, from column `first` on; what is read next are
+  // rows before `end`. Whose shifts are subtracted, if any, is for the caller.
+  Group group_at(int64_t row, int64_t to, int64_t end, int64_t first) const {
+    const int64_t skipped = first * element_bytes(call_.dtype);
+    Group group;
+    group.rows = static_cast<int>(std::min<int64_t>(kGroup, to - row));
+    for (int i = 0; i < group.rows; i++) {
+      const int32_t c = label_of(row + i);
+      group.features[i] = feature_row(row + i) + skipped;
+      group.next[i] = feature_row(std::min(row + i + kGroup, end - 1)) + skipped;
+      group.sums[i] = call_.sums + c * call_.p + first;
+      group.last[i] = i + 1 == group.rows || label_of(row + i + 1) != c;
+    }
+    return group;
+  }
+
   // run(group, row, column_squares, squares) for the strip's groups.
   template <class Run>
   void pack_strip(int64_t start, int64_t from, int64_t to, int64_t end, int64_t strip, Carry& carry,
@@ -165,15 +181,11 @@ class Pass {
     const char* shift = static_cast<const char*>(call_.shift ? call_.shift : no_shift_.data());
     const int64_t shift_bytes = call_.shift ? p * sizeof(Real) : 0;
     for (int64_t row = from; row < to; row += kGroup) {
-      Group group;
-      group.rows = static_cast<int>(std::min<int64_t>(kGroup, to - row));
+      Group group = group_at(row, to, end, 0);
       for (int i = 0; i < group.rows; i++) {
         const int32_t c = label_of(row + i);
-        group.features[i] = feature_row(row + i);
-        group.next[i] = feature_row(std::min(row + i + kGroup, end - 1));
         group.shift[i] = shift + c * shift_bytes;
-        group.sums[i] = c == carried_class ? carried_sums : call_.sums + c * p;
-        group.last[i] = i + 1 == group.rows || label_of(row + i + 1) != c;
+        if (c == carried_class) group.sums[i] = carried_sums;
       }
       Real squares[kGroup];
       run(group, row, column_squares, squares);
@@ -254,18 +266,8 @@ class Pass {
   // The columns of one tile, from `first` on, of all rows that wait.
   void add_tile_columns(int64_t first, std::vector<double>& diagonal, Real* squares) {
     const int64_t columns = std::min(call_.p - first, panels_[0].tile), rows = call_.N;
-    const auto residuals = [&](int64_t row) { return feature_row(row) + first * sizeof(Real); };
     for (int64_t row = 0; row < rows; row += kGroup) {
-      Group group;
-      group.rows = static_cast<int>(std::min<int64_t>(kGroup, rows - row));
-      for (int i = 0; i < group.rows; i++) {
-        const int32_t c = label_of(row + i);
-        group.features[i] = residuals(row + i);
-        group.next[i] = residuals(std::min(row + i + kGroup, rows - 1));
-        group.sums[i] = call_.sums + c * call_.p + first;
-        group.last[i] = i + 1 == group.rows || label_of(row + i + 1) != c;
-      }
-      body_.add_residuals(group, columns, &diagonal[first], squares + row);
+      body_.add_residuals(group_at(row, rows, rows, first), columns, &diagonal[first], squares + row);
     }
   }
 

@@ -39,7 +39,7 @@ class WaitingRows:
     MOST = 1024
     """As many rows are added; with ROOM, below kMostWaiting of csrc/cpu/class_scatter.h."""
     MOST_OF_BATCH = 256
-    """Rows of the largest batch that waits; what is larger gains less than copying it costs."""
+    """Rows of the largest batch that waits; what is larger gains less than that costs."""
     ROOM = MOST + MOST_OF_BATCH
     """A batch finds room, unless several threads add theirs at once."""
 
