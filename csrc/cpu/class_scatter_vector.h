@@ -258,27 +258,38 @@ struct VectorBody {
                    void* squares) {
     Real* to = reinterpret_cast<Real*>(panel.data) + row * panel.step;
     const int64_t piece = panel.piece, step = panel.step;
-    add_group(group, panel.p, column_squares, squares,
-              [&](int i, int64_t j, int count) [[gnu::always_inline]] {
-                const V d = load<Feature, Real, W>(group.features[i], j, count) -
-                            load<Real, Real, W>(group.shift[i], j, count);
-                __builtin_prefetch(group.next[i] + j * kSize);
-                std::memcpy(to + j / W * piece + i * step, &d, sizeof d);
-                return d;
-              });
+    V residuals[kGroup];
+    add_group(
+        group, panel.p, column_squares, squares,
+        [&](int i, int64_t j, int count) [[gnu::always_inline]] {
+          __builtin_prefetch(group.next[i] + j * kSize);
+          return residuals[i] = load<Feature, Real, W>(group.features[i], j, count) -
+                                load<Real, Real, W>(group.shift[i], j, count);
+        },
+        // Other cores have read these lines of the panel, and a store waits for them to let go of its line.
+        // It waits for several at once only if nothing else is stored in between.
+        [&](int64_t j) [[gnu::always_inline]] {
+          for (int i = 0; i < group.rows; i++)
+            std::memcpy(to + j / W * piece + i * step, &residuals[i], sizeof(V));
+        });
   }
 
   static void add_residuals(const Group& group, int64_t p, double* column_squares, void* squares) {
-    add_group(group, p, column_squares, squares, [&](int i, int64_t j, int count) [[gnu::always_inline]] {
-      __builtin_prefetch(group.next[i] + j * sizeof(Real));
-      return load<Real, Real, W>(group.features[i], j, count);
-    });
+    add_group(
+        group, p, column_squares, squares,
+        [&](int i, int64_t j, int count) [[gnu::always_inline]] {
+          __builtin_prefetch(group.next[i] + j * sizeof(Real));
+          return load<Real, Real, W>(group.features[i], j, count);
+        },
+        [](int64_t) {});
   }
 
-  // Sums and squares of a group; residual(i, j, count) are those of its row i from column j on.
-  template <class Residual>
+  // Sums and squares of a group; residual(i, j, count) are those of its row i from column j on, and after
+  // those of all rows comes finish(j).
+  template <class Residual, class Finish>
   [[gnu::always_inline]] static void add_group(const Group& group, int64_t p, double* column_squares,
-                                               void* squares, const Residual& residual) {
+                                               void* squares, const Residual& residual,
+                                               const Finish& finish) {
     const int rows = group.rows;
     V square[kGroup] = {};
     for_pieces(p, [&](int64_t j, int count) [[gnu::always_inline]] {
@@ -294,6 +305,7 @@ struct VectorBody {
           total = V{};
         }
       }
+      finish(j);
       add_to<Real, W>(column_squares + j, columns, count);
     });
     for (int i = 0; i < rows; i++) static_cast<Real*>(squares)[i] = sum<Real, W>(square[i]);
