@@ -1,10 +1,9 @@
 // class_scatter on AMX: residuals as one or two bfloat16, multiplied by 16 x 16 tiles into float32.
 //
 // "high" writes d = hi + lo and adds hi hi' + hi lo' + lo hi'; "medium" adds hi hi' alone. A tile product
-// takes 32 rows of the block, its left factor with the rows along each line, its right factor with the rows
-// in interleaved pairs: as 32-bit words, one is the other transposed. The panel holds both, [stride / 32][2:
-// left, right][padded / 16][1 or 2: hi, lo] tiles of 1 KiB: it is written in one stream, and the columns of a
-// tile of the scatter do not compete for the same sets of a cache.
+// takes 32 rows of the block, its right factor with the rows in interleaved pairs, its left factor with the
+// rows along each line: as 32-bit words, one is the other transposed. The panel holds right factors. Left
+// factors are made from them by whoever multiplies, in the first level of the cache.
 #if defined(__x86_64__)
 
 #include <immintrin.h>
@@ -25,33 +24,12 @@ namespace {
 
 #include "cpu/class_scatter_bfloat16.h"
 
-constexpr int64_t kTileBytes = 1024;
 constexpr int kPair = 2 * kSide;  // columns of a register tile
+constexpr int64_t kSteps = 4;     // times 32 rows, for which a register tile is loaded and stored once
 
 int parts(Precision precision) { return precision == Precision::high ? 2 : 1; }
 
-size_t element(Precision precision) { return 2 * sizeof(uint16_t) * parts(precision); }
-
-template <class Feature, bool Split>
-void pack_as(const Group& group, int64_t row, const Panel& panel, double* column_squares, float* squares) {
-  constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
-  const int64_t pieces = panel.padded / kSide;
-  char* left = panel.data + row / kGroup * 2 * pieces * kBytes;
-  char* right = left + pieces * kBytes;
-  const int64_t filled = round_up(panel.p, kSide) / kSide * kBytes;
-  std::memset(left + filled, 0, pieces * kBytes - filled);
-  std::memset(right + filled, 0, pieces * kBytes - filled);
-  pack_pairs<Feature, Split>(
-      group, panel.p, column_squares, squares, [&](int64_t j, const __m512i* high, const __m512i* low) {
-        char *to_left = left + j / kSide * kBytes, *to_right = right + j / kSide * kBytes;
-        for (int q = 0; q < kSide; q++) _mm512_store_si512(to_right + q * 64, high[q]);
-        store_transposed(high, to_left);
-        if (Split) {
-          for (int q = 0; q < kSide; q++) _mm512_store_si512(to_right + kTileBytes + q * 64, low[q]);
-          store_transposed(low, to_left + kTileBytes);
-        }
-      });
-}
+size_t element(Precision precision) { return sizeof(uint16_t) * parts(precision); }
 
 template <class Feature>
 void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares, void* squares) {
@@ -105,17 +83,58 @@ void store_accumulators(char* floats) {
   _tile_stored(3, floats + kSide * kLine + kLine / 2, kLine);
 }
 
+// The left factors of lines of register tiles, [steps][2 pieces][parts] tiles each: while those of one line
+// are multiplied, those of the next one are made.
+class LeftFactors {
+ public:
+  // Of lines from column j to before `end`, `right` being the tiles of the piece that begins with column j,
+  // and `stride` bytes from those of one step to those of the next.
+  LeftFactors(const char* right, int64_t stride, int64_t steps, int parts, int64_t j, int64_t end)
+      : right_(right),
+        stride_(stride),
+        of_step_(2 * parts),
+        tiles_(steps * of_step_),
+        lines_((end - j) / kPair) {}
+
+  // Those of the next line, until they are asked for again.
+  const char* next_line() {
+    while (made_ < tiles_) make_one();
+    const char* line = buffers_[lines_ % 2];
+    right_ += of_step_ * kTileBytes;
+    made_ = --lines_ > 0 ? 0 : tiles_;
+    return line;
+  }
+
+  // One tile further.
+  void advance() {
+    if (made_ < tiles_) make_one();
+  }
+
+ private:
+  void make_one() {
+    const char* from = right_ + made_ / of_step_ * stride_ + made_ % of_step_ * kTileBytes;
+    __m512i line[kSide];
+    for (int q = 0; q < kSide; q++) line[q] = _mm512_load_si512(from + q * 64);
+    store_transposed(line, buffers_[lines_ % 2] + made_++ * kTileBytes);
+  }
+
+  alignas(64) char buffers_[2][kSteps * 4 * kTileBytes];
+  const char* right_;  // of the line that is being made
+  int64_t stride_, of_step_, tiles_, lines_, made_ = 0;
+};
+
 // Eight tile registers: four accumulators, two left and two right factors. The order lo-right, hi-right,
 // lo-left needs eight loads for twelve products.
 template <bool Split>
 void register_tile(const char* left, const char* right, int64_t stride, int64_t steps,
-                   const Destination* destination) {
+                   const Destination* destination, LeftFactors& following) {
   constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
-  for (int64_t k = 0; k < steps; k++, left += stride, right += stride) {
+  for (int64_t k = 0; k < steps; k++, left += 2 * kBytes, right += stride) {
     if (destination) {
       for (int64_t line = k * kPair / steps; line < (k + 1) * kPair / steps; line++)
         destination->prefetch(line);
     }
+    following.advance();
     _tile_loadd(4, left, 64);
     _tile_loadd(5, left + kBytes, 64);
     if (Split) {
@@ -144,8 +163,7 @@ void register_tile(const char* left, const char* right, int64_t stride, int64_t 
 }
 
 constexpr int64_t kMostTile = 512;
-constexpr int64_t kSteps = 4;
-constexpr int64_t kFusedRows = 128;
+constexpr int64_t kFusedRows = kSteps * kGroup;
 
 // The larger the tile the less of the panel is read again, and the fewer tasks there are for the threads.
 int64_t tile(int64_t padded) { return padded >= 4 * kMostTile ? kMostTile : kMostTile / 2; }
@@ -168,9 +186,15 @@ void add_products(const Panel& panel, int64_t I, int64_t J, int64_t step, int64_
   const auto register_tile_of =
       panel.precision == Precision::high ? register_tile<true> : register_tile<false>;
   const int64_t bytes = kTileBytes * parts(panel.precision);
-  const int64_t side = panel.padded / kSide * bytes;
-  const char* row = panel.data + step * 2 * side;
+  const int64_t stride = panel.padded / kSide * bytes;
+  const char* right = panel.data + step * stride;
+  const int64_t end = I + panel.tile < panel.padded ? I + panel.tile : panel.padded;
+  LeftFactors factors(right + I / kSide * bytes, stride, count, parts(panel.precision), I, end);
+  const char* left = nullptr;
+  int64_t line = -1;
   for_register_tiles(panel, I, J, scratch, [&](int64_t j, int64_t i, char* floats) {
+    if (j != line) left = factors.next_line();
+    line = j;
     const Destination destination(panel, i, j, scatter);
     if (anew) {
       _tile_zero(0);
@@ -180,8 +204,8 @@ void add_products(const Panel& panel, int64_t I, int64_t J, int64_t step, int64_
     } else {
       load_accumulators(floats);
     }
-    register_tile_of(row + j / kSide * bytes, row + side + i / kSide * bytes, 2 * side, count,
-                     scatter ? &destination : nullptr);
+    register_tile_of(left, right + i / kSide * bytes, stride, count, scatter ? &destination : nullptr,
+                     factors);
     store_accumulators(floats);
     if (scatter) destination.add(floats);
   });

@@ -1,8 +1,8 @@
 // class_scatter on AVX-512 with its products of bfloat16, twice as fast as FMAs: "medium", a residual being
 // one bfloat16. (Of the two of "high" it would make three products, which FMAs do faster.)
 //
-// Panel: [stride / 32][padded / 16][16 pairs of rows][16 columns] words of two bfloat16. VDPBF16PS adds both
-// products of a word, so a register tile is that of class_scatter_vector.h with pairs of rows for rows.
+// VDPBF16PS adds both products of a word of the panel, so a register tile is that of class_scatter_vector.h
+// with pairs of rows for rows.
 #if defined(__x86_64__)
 
 #include <cstdint>
@@ -20,7 +20,6 @@ namespace {
 
 #include "cpu/class_scatter_bfloat16.h"
 
-constexpr int64_t kPieceBytes = kGroup / 2 * kSide * 4;  // 32 rows of 16 columns
 constexpr int64_t kBlockRows = 1024;
 constexpr int64_t kTile = 192;
 constexpr int kColumns = 3, kLines = 8;  // of a register tile: pieces, and lines of the scatter
@@ -31,12 +30,7 @@ int64_t tile(int64_t) { return kTile; }
 
 template <class Feature>
 void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares, void* squares) {
-  char* out = panel.data + row / kGroup * (panel.padded / kSide) * kPieceBytes;
-  pack_pairs<Feature, false>(group, panel.p, column_squares, static_cast<float*>(squares),
-                             [&](int64_t j, const __m512i* pairs, const __m512i*) {
-                               char* at = out + j / kSide * kPieceBytes;
-                               for (int q = 0; q < kSide; q++) _mm512_store_si512(at + q * 64, pairs[q]);
-                             });
+  pack_as<Feature, false>(group, row, panel, column_squares, static_cast<float*>(squares));
 }
 
 // scatter[j + b][i + a] += over the rows of the panel, for A pieces from column i and kLines columns from j.
@@ -52,14 +46,14 @@ void register_tile(const Panel& panel, int64_t i, int64_t j, double* scatter) {
 #pragma GCC unroll 3
     for (int a = 0; a < A; a++) total[b][a] = _mm512_setzero_ps();
   }
-  const int64_t stride = panel.padded / kSide * kPieceBytes;
-  const char* left = panel.data + i / kSide * kPieceBytes;
-  const char* right = panel.data + j / kSide * kPieceBytes + j % kSide * 4;
+  const int64_t stride = panel.padded / kSide * kTileBytes;
+  const char* left = panel.data + i / kSide * kTileBytes;
+  const char* right = panel.data + j / kSide * kTileBytes + j % kSide * 4;
   for (int64_t row = 0; row < panel.rows; row += kGroup, left += stride, right += stride) {
-    for (int64_t pair = 0; pair < kPieceBytes; pair += 64) {
+    for (int64_t pair = 0; pair < kTileBytes; pair += 64) {
       __m512bh columns[A];
 #pragma GCC unroll 3
-      for (int a = 0; a < A; a++) columns[a] = (__m512bh)_mm512_load_si512(left + a * kPieceBytes + pair);
+      for (int a = 0; a < A; a++) columns[a] = (__m512bh)_mm512_load_si512(left + a * kTileBytes + pair);
 #pragma GCC unroll 8
       for (int b = 0; b < kLines; b++) {
         int32_t word;

@@ -1,6 +1,7 @@
 // What the bodies that multiply bfloat16 share: the pack stage. Included like class_scatter_vector.h.
 
 constexpr int kSide = 16;  // columns of a piece
+constexpr int64_t kTileBytes = kGroup * kSide * 2;
 
 struct BFloat16 {};
 struct Float16 {};
@@ -56,18 +57,22 @@ class Prefetcher {
   int rows_, row_ = 0;
 };
 
-// The residuals of a group, kSide columns at a time, each as one bfloat16 or, if Split, as two:
-// store(column, high, low), with the rows in interleaved pairs: high[q] holds rows 2 q and 2 q + 1 as
-// a0 b0 a1 b1 ... Rows that the group lacks are zeros.
-template <class Feature, bool Split, class Store>
-void pack_pairs(const Group& group, int64_t p, double* column_squares, float* squares, const Store& store) {
+// The residuals of a group, each as one bfloat16 or, if Split, as two. A panel is [stride / 32][padded /
+// 16][1 or 2: high, low] tiles of [16 pairs of rows][16 columns] words of two bfloat16: it is written in one
+// stream, and the columns of a tile of the scatter do not compete for the same sets of a cache. Rows that the
+// group lacks are zeros.
+template <class Feature, bool Split>
+void pack_as(const Group& group, int64_t row, const Panel& panel, double* column_squares, float* squares) {
+  constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
+  const int64_t p = panel.p;
+  char* out = panel.data + row / kGroup * (panel.padded / kSide) * kBytes;
   // Of two vectors packed to bfloat16, the first into the lower half.
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   __m512 square[kGroup];
   for (__m512& s : square) s = _mm512_setzero_ps();
   Prefetcher prefetcher(group, p * (std::is_same_v<Feature, float> ? 4 : 2));
-  for (int64_t j = 0; j < p; j += kSide) {
+  for (int64_t j = 0; j < p; j += kSide, out += kBytes) {
     const __mmask16 mask = mask_of(p - j);
     prefetcher.advance();
     __m512 total = _mm512_setzero_ps(), columns = _mm512_setzero_ps();
@@ -97,7 +102,10 @@ void pack_pairs(const Group& group, int64_t p, double* column_squares, float* sq
       }
     }
     add_to(column_squares + j, columns, mask);
-    store(j, high, low);
+    for (int q = 0; q < kSide; q++) _mm512_store_si512(out + q * 64, high[q]);
+    if (Split) {
+      for (int q = 0; q < kSide; q++) _mm512_store_si512(out + kTileBytes + q * 64, low[q]);
+    }
   }
   for (int i = 0; i < group.rows; i++) squares[i] = _mm512_reduce_add_ps(square[i]);
 }
