@@ -35,6 +35,7 @@ SHAPES = [  # N, p, C
     (300, 97, 3),  # one above two register tiles of every instruction set
     (1100, 193, 11),  # one above a tile of the multiply stage, and more than one block of rows
     (2100, 260, 2),  # a class longer than a block
+    (150, 2100, 3),  # several of the largest tiles of AMX, the last one narrower
     (17_000, 5, 1500),  # more than one block of the streaming pass, class by class
     (20_000, 5, 3),  # without the scatter, rows as they lie, and classes with more than is held in float32
     (20_000, 40, 200),  # the same, and classes with less

@@ -236,7 +236,7 @@ struct TileArgmax {
     for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, Vec<int32_t, 16>{}};
     Vec<int32_t, 16> lane;
     for (int i = 0; i < 16; i++) lane[i] = i;
-    const TileConfiguration config;
+    static constexpr TileConfiguration config;
     _tile_loadconfig(&config);
     Scores before = {};
     for (int64_t c = 0; c < classes; c += kSide) {

@@ -9,12 +9,10 @@
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "cpu/amx.h"
 #include "cpu/class_scatter.h"
-#include "cpu/memory.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
@@ -27,9 +25,7 @@ namespace {
 constexpr int kPair = 2 * kSide;  // columns of a register tile
 constexpr int64_t kSteps = 4;     // times 32 rows, for which a register tile is loaded and stored once
 
-int parts(Precision precision) { return precision == Precision::high ? 2 : 1; }
-
-size_t element(Precision precision) { return sizeof(uint16_t) * parts(precision); }
+size_t element(Precision precision) { return sizeof(uint16_t) * (precision == Precision::high ? 2 : 1); }
 
 template <class Feature>
 void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares, void* squares) {
@@ -41,7 +37,7 @@ void pack(const Group& group, int64_t row, const Panel& panel, double* column_sq
 class Destination {
  public:
   Destination(const Panel& panel, int64_t i, int64_t j, double* scatter)
-      : at_(scatter + j * panel.p + i),
+      : at_(scatter ? scatter + j * panel.p + i : nullptr),
         p_(panel.p),
         lines_(panel.p - j < kPair ? panel.p - j : kPair),
         columns_(panel.p - i < kPair ? panel.p - i : kPair) {}
@@ -83,26 +79,24 @@ void store_accumulators(char* floats) {
   _tile_stored(3, floats + kSide * kLine + kLine / 2, kLine);
 }
 
-// The left factors of lines of register tiles, [steps][2 pieces][parts] tiles each: while those of one line
-// are multiplied, those of the next one are made.
+// The left factors of lines of register tiles, [steps][2 pieces][1 or 2: hi, lo] tiles each. While those of
+// one line are multiplied, those of the next one are made.
+template <bool Split>
 class LeftFactors {
  public:
-  // Of lines from column j to before `end`, `right` being the tiles of the piece that begins with column j,
-  // and `stride` bytes from those of one step to those of the next.
-  LeftFactors(const char* right, int64_t stride, int64_t steps, int parts, int64_t j, int64_t end)
-      : right_(right),
-        stride_(stride),
-        of_step_(2 * parts),
-        tiles_(steps * of_step_),
-        lines_((end - j) / kPair) {}
+  // Of the lines of columns j to `end`. `right` are the tiles of the piece that begins with column j,
+  // `stride` bytes from those of one step to those of the next.
+  LeftFactors(const char* right, int64_t stride, int64_t steps, int64_t j, int64_t end)
+      : right_(right), stride_(stride), tiles_(steps * kTiles), lines_((end - j) / kPair) {}
 
   // Those of the next line, until they are asked for again.
-  const char* next_line() {
+  const char* next() {
     while (made_ < tiles_) make_one();
-    const char* line = buffers_[lines_ % 2];
-    right_ += of_step_ * kTileBytes;
+    settle_stores();
+    const char* made = buffers_[lines_ % 2];
+    right_ += kTiles * kTileBytes;
     made_ = --lines_ > 0 ? 0 : tiles_;
-    return line;
+    return made;
   }
 
   // One tile further.
@@ -111,23 +105,26 @@ class LeftFactors {
   }
 
  private:
+  static constexpr int64_t kTiles = Split ? 4 : 2;  // of a step
+
   void make_one() {
-    const char* from = right_ + made_ / of_step_ * stride_ + made_ % of_step_ * kTileBytes;
-    __m512i line[kSide];
-    for (int q = 0; q < kSide; q++) line[q] = _mm512_load_si512(from + q * 64);
-    store_transposed(line, buffers_[lines_ % 2] + made_++ * kTileBytes);
+    const char* from = right_ + made_ / kTiles * stride_ + made_ % kTiles * kTileBytes;
+    __m512i words[kSide];
+#pragma GCC unroll 16
+    for (int q = 0; q < kSide; q++) words[q] = _mm512_load_si512(from + q * 64);
+    store_transposed(words, buffers_[lines_ % 2] + made_++ * kTileBytes);
   }
 
-  alignas(64) char buffers_[2][kSteps * 4 * kTileBytes];
+  alignas(64) char buffers_[2][kSteps * kTiles * kTileBytes];
   const char* right_;  // of the line that is being made
-  int64_t stride_, of_step_, tiles_, lines_, made_ = 0;
+  int64_t stride_, tiles_, lines_, made_ = 0;
 };
 
 // Eight tile registers: four accumulators, two left and two right factors. The order lo-right, hi-right,
 // lo-left needs eight loads for twelve products.
 template <bool Split>
 void register_tile(const char* left, const char* right, int64_t stride, int64_t steps,
-                   const Destination* destination, LeftFactors& following) {
+                   const Destination* destination, LeftFactors<Split>& following) {
   constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
   for (int64_t k = 0; k < steps; k++, left += 2 * kBytes, right += stride) {
     if (destination) {
@@ -181,19 +178,18 @@ void for_register_tiles(const Panel& panel, int64_t I, int64_t J, char* scratch,
 
 // scratch += the products of `count` times 32 rows from step `step`; with a scatter, scratch is added to that
 // in the end.
+template <bool Split>
 void add_products(const Panel& panel, int64_t I, int64_t J, int64_t step, int64_t count, bool anew,
                   double* scatter, char* scratch) {
-  const auto register_tile_of =
-      panel.precision == Precision::high ? register_tile<true> : register_tile<false>;
-  const int64_t bytes = kTileBytes * parts(panel.precision);
-  const int64_t stride = panel.padded / kSide * bytes;
+  constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
+  const int64_t stride = panel.padded / kSide * kBytes;
   const char* right = panel.data + step * stride;
   const int64_t end = I + panel.tile < panel.padded ? I + panel.tile : panel.padded;
-  LeftFactors factors(right + I / kSide * bytes, stride, count, parts(panel.precision), I, end);
+  LeftFactors<Split> factors(right + I / kSide * kBytes, stride, count, I, end);
   const char* left = nullptr;
   int64_t line = -1;
   for_register_tiles(panel, I, J, scratch, [&](int64_t j, int64_t i, char* floats) {
-    if (j != line) left = factors.next_line();
+    if (j != line) left = factors.next();
     line = j;
     const Destination destination(panel, i, j, scatter);
     if (anew) {
@@ -204,8 +200,8 @@ void add_products(const Panel& panel, int64_t I, int64_t J, int64_t step, int64_
     } else {
       load_accumulators(floats);
     }
-    register_tile_of(left, right + i / kSide * bytes, stride, count, scatter ? &destination : nullptr,
-                     factors);
+    register_tile<Split>(left, right + i / kSide * kBytes, stride, count, scatter ? &destination : nullptr,
+                         factors);
     store_accumulators(floats);
     if (scatter) destination.add(floats);
   });
@@ -213,25 +209,26 @@ void add_products(const Panel& panel, int64_t I, int64_t J, int64_t step, int64_
 
 int64_t steps_of(const Panel& panel) { return (panel.rows + kGroup - 1) / kGroup; }
 
-// The rows are taken kSteps tile products at a time, so that the panel's columns of one tile of the scatter,
-// both factors, stay in the second-level cache beside its float32 sums (scratch). Those go to the float64
-// scatter once a block.
+// The rows are taken kSteps tile products at a time, so that the panel's columns of one tile of the scatter
+// stay in the second-level cache beside its float32 sums (scratch). Those go to the float64 scatter once a
+// block.
 void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* scratch) {
-  const TileConfiguration configuration;
+  static constexpr TileConfiguration configuration;
   _tile_loadconfig(&configuration);
+  const auto add = panel.precision == Precision::high ? add_products<true> : add_products<false>;
   const int64_t steps = steps_of(panel);
   for (int64_t step = 0; step < steps; step += kSteps) {
     const bool last = step + kSteps >= steps;
-    add_products(panel, I, J, step, last ? steps - step : kSteps, step == 0, last ? scatter : nullptr,
-                 scratch);
+    add(panel, I, J, step, last ? steps - step : kSteps, step == 0, last ? scatter : nullptr, scratch);
   }
   _tile_release();
 }
 
 void accumulate(const Panel& panel, bool anew, char* scratch) {
-  const TileConfiguration configuration;
+  static constexpr TileConfiguration configuration;
   _tile_loadconfig(&configuration);
-  add_products(panel, 0, 0, 0, steps_of(panel), anew, nullptr, scratch);
+  const auto add = panel.precision == Precision::high ? add_products<true> : add_products<false>;
+  add(panel, 0, 0, 0, steps_of(panel), anew, nullptr, scratch);
   _tile_release();
 }
 

@@ -47,17 +47,18 @@ void register_tile(const Panel& panel, int64_t i, int64_t j, double* scatter) {
     for (int a = 0; a < A; a++) total[b][a] = _mm512_setzero_ps();
   }
   const int64_t stride = panel.padded / kSide * kTileBytes;
-  const char* left = panel.data + i / kSide * kTileBytes;
-  const char* right = panel.data + j / kSide * kTileBytes + j % kSide * 4;
-  for (int64_t row = 0; row < panel.rows; row += kGroup, left += stride, right += stride) {
+  const char* of_columns = panel.data + i / kSide * kTileBytes;
+  const char* of_lines = panel.data + j / kSide * kTileBytes + j % kSide * 4;
+  for (int64_t row = 0; row < panel.rows; row += kGroup, of_columns += stride, of_lines += stride) {
     for (int64_t pair = 0; pair < kTileBytes; pair += 64) {
       __m512bh columns[A];
 #pragma GCC unroll 3
-      for (int a = 0; a < A; a++) columns[a] = (__m512bh)_mm512_load_si512(left + a * kTileBytes + pair);
+      for (int a = 0; a < A; a++)
+        columns[a] = (__m512bh)_mm512_load_si512(of_columns + a * kTileBytes + pair);
 #pragma GCC unroll 8
       for (int b = 0; b < kLines; b++) {
         int32_t word;
-        std::memcpy(&word, right + pair + b * 4, sizeof word);
+        std::memcpy(&word, of_lines + pair + b * 4, sizeof word);
         const __m512bh factor = (__m512bh)_mm512_set1_epi32(word);
 #pragma GCC unroll 3
         for (int a = 0; a < A; a++) total[b][a] = _mm512_dpbf16_ps(total[b][a], columns[a], factor);

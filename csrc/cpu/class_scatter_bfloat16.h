@@ -1,5 +1,7 @@
 // What the bodies that multiply bfloat16 share: the pack stage. Included like class_scatter_vector.h.
 
+#include "cpu/class_scatter_prefetch.h"
+
 constexpr int kSide = 16;  // columns of a piece
 constexpr int64_t kTileBytes = kGroup * kSide * 2;
 
@@ -30,33 +32,6 @@ void add_to(double* sums, __m512 values, __mmask16 mask) {
   _mm512_mask_storeu_pd(sums + 8, high, _mm512_add_pd(_mm512_maskz_loadu_pd(high, sums + 8), second));
 }
 
-// Fetches the rows of the following group into the second-level cache, one whole row after the other: pages
-// and the processor's own prefetchers prefer that to a line of each row in turn. Long rows are better left to
-// those alone: they need no fill buffer of the first-level cache. The pack stage needs as much time for
-// kGroup lines as for one call of advance().
-class Prefetcher {
- public:
-  Prefetcher(const Group& group, int64_t row_bytes)
-      : next_(group.next), row_bytes_(row_bytes), rows_(row_bytes < kLong ? group.rows : 0) {}
-
-  void advance() {
-    for (int lines = kGroup; lines > 0 && row_ < rows_;) {
-      for (; lines > 0 && byte_ < row_bytes_; lines--, byte_ += 64)
-        _mm_prefetch(next_[row_] + byte_, _MM_HINT_T1);
-      if (byte_ < row_bytes_) return;
-      byte_ = 0;
-      row_++;
-    }
-  }
-
- private:
-  static constexpr int64_t kLong = 2048;
-
-  const char* const* next_;
-  int64_t row_bytes_, byte_ = 0;
-  int rows_, row_ = 0;
-};
-
 // The residuals of a group, each as one bfloat16 or, if Split, as two. A panel is [stride / 32][padded /
 // 16][1 or 2: high, low] tiles of [16 pairs of rows][16 columns] words of two bfloat16: it is written in one
 // stream, and the columns of a tile of the scatter do not compete for the same sets of a cache. Rows that the
@@ -71,10 +46,14 @@ void pack_as(const Group& group, int64_t row, const Panel& panel, double* column
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   __m512 square[kGroup];
   for (__m512& s : square) s = _mm512_setzero_ps();
-  Prefetcher prefetcher(group, p * (std::is_same_v<Feature, float> ? 4 : 2));
+  // Long rows are better left to the processor's own prefetchers, which need no fill buffer of the
+  // first-level cache.
+  constexpr int64_t kLong = 2048;
+  const int64_t row_bytes = p * (std::is_same_v<Feature, float> ? 4 : 2);
+  Prefetcher prefetcher(group, row_bytes);
   for (int64_t j = 0; j < p; j += kSide, out += kBytes) {
     const __mmask16 mask = mask_of(p - j);
-    prefetcher.advance();
+    for (int i = 0; i < kGroup && row_bytes < kLong; i++) prefetcher.ask();
     __m512 total = _mm512_setzero_ps(), columns = _mm512_setzero_ps();
     const auto residual = [&](int i) {
       const __m512 k = _mm512_maskz_loadu_ps(mask, group.shift[i] + j * 4);

@@ -1,11 +1,13 @@
 // The bodies of class_scatter that multiply with vector FMAs, once for every vector width. Included inside
 // the anonymous namespace of each instruction set's translation unit, after its target pragma: the code is
-// compiled anew there, and no copy of it can be linked into another. Hence no includes here.
+// compiled anew there, and no copy of it can be linked into another. Hence no includes but of the same kind.
 //
 // Panel: columns in pieces of W. One that is packed is [padded / W][stride][W]; rows that wait are one as
 // they lie, and as fast. The multiply stage holds a register tile of A vectors (columns i of the scatter) x
 // B broadcasts (rows j) over all rows of the block, or all that wait, and then adds it to the float64
 // scatter: no float32 sum is longer than that.
+
+#include "cpu/class_scatter_prefetch.h"
 
 struct BFloat16 {};
 struct Float16 {};
@@ -259,10 +261,11 @@ struct VectorBody {
     Real* to = reinterpret_cast<Real*>(panel.data) + row * panel.step;
     const int64_t piece = panel.piece, step = panel.step;
     V residuals[kGroup];
+    Prefetcher prefetcher(group, panel.p * kSize);
     add_group(
         group, panel.p, column_squares, squares,
         [&](int i, int64_t j, int count) [[gnu::always_inline]] {
-          __builtin_prefetch(group.next[i] + j * kSize);
+          prefetcher.ask();
           return residuals[i] = load<Feature, Real, W>(group.features[i], j, count) -
                                 load<Real, Real, W>(group.shift[i], j, count);
         },

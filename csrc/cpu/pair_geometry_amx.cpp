@@ -77,7 +77,7 @@ template <int Level>
 void products(const char* left, const char* other, const char* right, int64_t p, float* tile,
               float* other_tile) {
   static_assert(kSide == 3 * kRows);
-  const TileConfiguration config;
+  static constexpr TileConfiguration config;
   _tile_loadconfig(&config);
   const int64_t next = bytes<Level>(p);  // from 16 rows to the following ones
   if (other) {
