@@ -236,8 +236,7 @@ struct TileArgmax {
     for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, Vec<int32_t, 16>{}};
     Vec<int32_t, 16> lane;
     for (int i = 0; i < 16; i++) lane[i] = i;
-    static constexpr TileConfiguration config;
-    _tile_loadconfig(&config);
+    _tile_loadconfig(&kTileConfiguration);
     Scores before = {};
     for (int64_t c = 0; c < classes; c += kSide) {
       for (int64_t i = 0; i < rows; i += kSide) {

@@ -8,13 +8,14 @@
 
 namespace ncfast {
 
-// Eight tile registers of 16 lines of 64 bytes, for _tile_loadconfig. Of static storage: to GCC 12 that reads
-// 8 of these bytes.
+// Eight tile registers of 16 lines of 64 bytes, for _tile_loadconfig. No local variable: to GCC 12 that reads
+// 8 of these bytes, and it need not store the others.
 struct alignas(64) TileConfiguration {
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t line_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t lines[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+inline constexpr TileConfiguration kTileConfiguration;
 
 // To be called between storing something and loading tiles from it: to GCC 12, _tile_loadd does not read
 // memory.

@@ -165,11 +165,15 @@ constexpr int64_t kFusedRows = kSteps * kGroup;
 // The larger the tile the less of the panel is read again, and the fewer tasks there are for the threads.
 int64_t tile(int64_t padded) { return padded >= 4 * kMostTile ? kMostTile : kMostTile / 2; }
 
+// Where the tile ends that begins with column I.
+int64_t end_of(const Panel& panel, int64_t I) {
+  return I + panel.tile < panel.padded ? I + panel.tile : panel.padded;
+}
+
 // visit(j, i, floats) for the register tiles of a tile, and where in scratch their sums are.
 template <class Visit>
 void for_register_tiles(const Panel& panel, int64_t I, int64_t J, char* scratch, const Visit& visit) {
-  const int64_t rows_end = I + panel.tile < panel.padded ? I + panel.tile : panel.padded;
-  const int64_t columns_end = J + panel.tile < panel.padded ? J + panel.tile : panel.padded;
+  const int64_t rows_end = end_of(panel, I), columns_end = end_of(panel, J);
   for (int64_t j = I; j < rows_end; j += kPair) {
     for (int64_t i = I == J ? j : J; i < columns_end; i += kPair, scratch += kPair * kLine)
       visit(j, i, scratch);
@@ -184,8 +188,7 @@ void add_products(const Panel& panel, int64_t I, int64_t J, int64_t step, int64_
   constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
   const int64_t stride = panel.padded / kSide * kBytes;
   const char* right = panel.data + step * stride;
-  const int64_t end = I + panel.tile < panel.padded ? I + panel.tile : panel.padded;
-  LeftFactors<Split> factors(right + I / kSide * kBytes, stride, count, I, end);
+  LeftFactors<Split> factors(right + I / kSide * kBytes, stride, count, I, end_of(panel, I));
   const char* left = nullptr;
   int64_t line = -1;
   for_register_tiles(panel, I, J, scratch, [&](int64_t j, int64_t i, char* floats) {
@@ -213,8 +216,7 @@ int64_t steps_of(const Panel& panel) { return (panel.rows + kGroup - 1) / kGroup
 // stay in the second-level cache beside its float32 sums (scratch). Those go to the float64 scatter once a
 // block.
 void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* scratch) {
-  static constexpr TileConfiguration configuration;
-  _tile_loadconfig(&configuration);
+  _tile_loadconfig(&kTileConfiguration);
   const auto add = panel.precision == Precision::high ? add_products<true> : add_products<false>;
   const int64_t steps = steps_of(panel);
   for (int64_t step = 0; step < steps; step += kSteps) {
@@ -225,8 +227,7 @@ void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* s
 }
 
 void accumulate(const Panel& panel, bool anew, char* scratch) {
-  static constexpr TileConfiguration configuration;
-  _tile_loadconfig(&configuration);
+  _tile_loadconfig(&kTileConfiguration);
   const auto add = panel.precision == Precision::high ? add_products<true> : add_products<false>;
   add(panel, 0, 0, 0, steps_of(panel), anew, nullptr, scratch);
   _tile_release();

@@ -53,7 +53,9 @@ void pack_as(const Group& group, int64_t row, const Panel& panel, double* column
   Prefetcher prefetcher(group, row_bytes);
   for (int64_t j = 0; j < p; j += kSide, out += kBytes) {
     const __mmask16 mask = mask_of(p - j);
-    for (int i = 0; i < kGroup && row_bytes < kLong; i++) prefetcher.ask();
+    if (row_bytes < kLong) {
+      for (int i = 0; i < kGroup; i++) prefetcher.ask();
+    }
     __m512 total = _mm512_setzero_ps(), columns = _mm512_setzero_ps();
     const auto residual = [&](int i) {
       const __m512 k = _mm512_maskz_loadu_ps(mask, group.shift[i] + j * 4);

@@ -8,7 +8,7 @@ class Prefetcher {
   Prefetcher(const Group& group, int64_t row_bytes)
       : next_(group.next), row_bytes_(row_bytes), rows_(group.rows) {}
 
-  // Asks for one more line. The pack stage takes as long for kCacheLine bytes of a row.
+  // Asks for one more line. A pack stage does so at least once for each line that it reads itself.
   void ask() {
     if (row_ == rows_) return;
     __builtin_prefetch(next_[row_] + byte_, 0, 2);

@@ -77,8 +77,7 @@ template <int Level>
 void products(const char* left, const char* other, const char* right, int64_t p, float* tile,
               float* other_tile) {
   static_assert(kSide == 3 * kRows);
-  static constexpr TileConfiguration config;
-  _tile_loadconfig(&config);
+  _tile_loadconfig(&kTileConfiguration);
   const int64_t next = bytes<Level>(p);  // from 16 rows to the following ones
   if (other) {
     for (int i = 0; i < kSide; i += kRows, left += next, other += next)

@@ -23,7 +23,7 @@ struct EmulatedTiles {
     return tile[number];
   }
 
-  void load_configuration(const void*) { configured = true; }  // the bodies have one: TileConfiguration
+  void load_configuration(const void*) { configured = true; }  // there is one: kTileConfiguration
   void release() { configured = false; }
   void zero(int number) { at(number) = {}; }
 
