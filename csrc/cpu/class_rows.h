@@ -75,6 +75,7 @@ double checked(Real square) {
 inline void clear(const ClassScatter& call, int threads) {
   const auto fill = [&](double* numbers, int64_t count) {
     const int64_t parts = threads_for(count, threads);
+    prefer_huge_pages(numbers, count * sizeof(double));
     parallel_for(threads, parts, [&](int64_t i, int) {
       std::fill(numbers + part(count, i, parts), numbers + part(count, i + 1, parts), 0.0);
     });

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -16,10 +17,9 @@
 namespace ncfast {
 namespace {
 
-constexpr int64_t kPackStrip = 64;     // rows
-constexpr int64_t kFusedStrip = 2048;  // rows; no float32 sum is longer
-constexpr int64_t kFusedBlock = 64 * kFusedStrip;
-constexpr int64_t kFusedLeast = 8 * kFusedStrip;  // rows; with fewer some threads would have no strip
+constexpr int64_t kSharedStrip = 64;  // rows, where threads share a panel
+constexpr int64_t kLeastStrips = 8;   // where each thread has a panel: with fewer, some would have none
+constexpr int64_t kMostStrips = 64;   // of a block, then
 
 // What the strips of a block cannot add to the results themselves. A strip adds to the sums of the classes
 // that begin in it; rows of a class that began in an earlier strip of the block are carried, and added when
@@ -53,13 +53,16 @@ class Pass {
 
   Refusal run() {
     const int64_t p = call_.p, padded = round_up(p, body_.pad);
-    const bool fused = padded <= body_.fused_columns && call_.N >= kFusedLeast;
+    const bool shared = as_they_lie_ || call_.N < kLeastStrips * body_.least_rows;
+    const bool fused = !shared && padded <= body_.fused_columns;
     const int64_t most = round_up(std::min(call_.N, kChunk), kGroup);
-    strip_ = fused ? kFusedStrip : kPackStrip;
-    const int64_t block_rows = std::min(most, fused ? kFusedBlock : body_.block_rows);
+    const int64_t panel_rows =
+        std::min(body_.panel_rows, shared ? most : round_up(call_.N / kLeastStrips, kGroup));
+    strip_ = shared ? kSharedStrip : panel_rows;
+    const int64_t block_rows = shared ? panel_rows : std::min(most, kMostStrips * strip_);
     Carry carry(as_they_lie_ ? 0 : (block_rows + strip_ - 1) / strip_, p);
-    const int64_t stride = fused ? body_.fused_rows : block_rows, tile = fused ? padded : body_.tile(padded);
-    const int64_t panels = fused ? threads_ : 1;
+    const int64_t stride = fused ? body_.fused_rows : panel_rows, tile = fused ? padded : body_.tile(padded);
+    const int64_t panels = shared ? 1 : threads_;
     const size_t panel_bytes =
         as_they_lie_ ? 0 : round_up(body_.element(call_.precision) * padded * stride, kPage);
     scratch_bytes_ = round_up(body_.scratch * tile * tile, kPage);
@@ -86,13 +89,13 @@ class Pass {
       for (int64_t start = 0; start < used; start += block_rows) {
         poll_();
         const int64_t end = std::min(used, start + block_rows);
-        if (fused) {
-          pack_and_multiply(start, end, carry);
-        } else {
+        if (shared) {
           pack(start, end, carry);
+          multiply_tiles(end - start);
+        } else {
+          pack_and_multiply(start, end, carry, fused);
         }
         add_carries(start, end, carry, diagonal);
-        if (!fused) multiply_tiles(end - start);
       }
     }
     // The squares as they were added up with the sums: low-precision products would bias the diagonal.
@@ -124,26 +127,49 @@ class Pass {
     });
   }
 
-  // Both stages at once: every strip in fillings of its thread's panel, its sums in that thread's scratch.
-  void pack_and_multiply(int64_t start, int64_t end, Carry& carry) {
-    std::atomic<int64_t> turn{0};
+  // Both stages of a strip by one thread in a panel of its own, which no other core reads: a store would wait
+  // for that to let go of the line. Each tile of the scatter is added to in the order of the strips.
+  void pack_and_multiply(int64_t start, int64_t end, Carry& carry, bool fused) {
+    std::vector<std::atomic<int64_t>> turns(tiles_.size());
+    std::exception_ptr thrown;
+    std::atomic<bool> stopped{false};
+    const std::thread::id caller = std::this_thread::get_id();
     parallel_for(threads_, (end - start + strip_ - 1) / strip_, [&](int64_t strip, int slot) {
+      if (std::this_thread::get_id() == caller) {
+        try {
+          poll_();
+        } catch (...) {
+          thrown = std::current_exception();
+          stopped = true;
+        }
+      }
+      if (stopped) return;
       const int64_t from = start + strip * strip_, to = std::min(end, from + strip_);
       Panel& panel = panels_[slot];
-      char* sums = scratch_ + slot * scratch_bytes_;
+      char* scratch = scratch_ + slot * scratch_bytes_;
       pack_strip(start, from, to, end, strip, carry,
                  [&](const Group& group, int64_t row, double* column_squares, Real* squares) {
                    const int64_t filled = (row - from) % panel.stride, after = row + group.rows;
                    body_.pack(group, filled, panel, column_squares, squares);
                    panel.rows = filled + group.rows;
-                   if (panel.rows == panel.stride || after == to)
-                     body_.accumulate(panel, after - panel.rows == from, sums);
+                   if (fused && (panel.rows == panel.stride || after == to))
+                     body_.accumulate(panel, after - panel.rows == from, scratch);
                  });
-      // Strips are handed out in order, so whoever is waited for is at work.
-      while (turn.load(std::memory_order_acquire) != strip) std::this_thread::yield();
-      body_.flush(panel, call_.scatter, sums);
-      turn.store(strip + 1, std::memory_order_release);
+      for (size_t i = 0; i < tiles_.size(); i++) {
+        // Strips are handed out in order, so whoever is waited for is at work, or has stopped.
+        while (turns[i].load(std::memory_order_acquire) != strip) {
+          if (stopped) return;
+          std::this_thread::yield();
+        }
+        if (fused) {
+          body_.flush(panel, call_.scatter, scratch);
+        } else {
+          multiply_tile(i, slot, panel);
+        }
+        turns[i].store(strip + 1, std::memory_order_release);
+      }
     });
+    if (thrown) std::rethrow_exception(thrown);
   }
 
   // Whether the strip's first rows belong to a class that began in an earlier strip of the block.
@@ -232,12 +258,11 @@ class Pass {
 
   void multiply_tiles(int64_t rows) {
     parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(tiles_.size()),
-                 [&](int64_t i, int slot) { multiply_tile(i, slot); });
+                 [&](int64_t i, int slot) { multiply_tile(i, slot, panels_[0]); });
   }
 
-  void multiply_tile(int64_t i, int slot) {
-    body_.multiply(panels_[0], tiles_[i].first, tiles_[i].second, call_.scatter,
-                   scratch_ + slot * scratch_bytes_);
+  void multiply_tile(int64_t i, int slot, const Panel& panel) {
+    body_.multiply(panel, tiles_[i].first, tiles_[i].second, call_.scatter, scratch_ + slot * scratch_bytes_);
   }
 
   // Rows that wait are a panel as they lie. Whoever multiplies a tile on the diagonal adds its columns first,
@@ -253,7 +278,7 @@ class Pass {
                  [&](int64_t i, int slot) {
                    const auto [I, J] = tiles_[i];
                    if (I == J) add_tile_columns(I, diagonal, &squares[I / panel.tile * call_.N]);
-                   multiply_tile(i, slot);
+                   multiply_tile(i, slot, panel);
                  });
     for (int64_t row = 0; row < call_.N; row++) {
       Real square = 0;

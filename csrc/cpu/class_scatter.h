@@ -130,7 +130,8 @@ struct Panel {
 // What an instruction set contributes. `squares` is float64 [kGroup] for float64 features, else float32.
 struct ScatterBody {
   int64_t pad;
-  int64_t block_rows;               // multiple of kGroup
+  int64_t panel_rows;               // a panel has room for, a multiple of kGroup
+  int64_t least_rows;               // for which a thread has a panel of its own
   size_t scratch;                   // bytes per thread and number of a tile
   size_t (*element)(Precision);     // bytes of panel per residual
   int64_t (*tile)(int64_t padded);  // multiple of pad

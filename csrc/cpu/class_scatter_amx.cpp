@@ -29,7 +29,7 @@ size_t element(Precision precision) { return sizeof(uint16_t) * (precision == Pr
 
 template <class Feature>
 void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares, void* squares) {
-  const auto pack = panel.precision == Precision::high ? pack_as<Feature, true> : pack_as<Feature, false>;
+  const auto pack = panel.precision == Precision::high ? pack_as<Feature, true, false> : pack_as<Feature, false, false>;
   pack(group, row, panel, column_squares, static_cast<float*>(squares));
 }
 
@@ -243,6 +243,7 @@ template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   const ScatterBody& vectors = *scatter_body_avx512(dtype);
   static const ScatterBody table = {kPair,
+                                    2048,
                                     2048,
                                     sizeof(float),
                                     element,

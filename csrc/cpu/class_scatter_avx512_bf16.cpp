@@ -20,7 +20,7 @@ namespace {
 
 #include "cpu/class_scatter_bfloat16.h"
 
-constexpr int64_t kBlockRows = 1024;
+constexpr int64_t kPanelRows = 1024;
 constexpr int64_t kTile = 192;
 constexpr int kColumns = 3, kLines = 8;  // of a register tile: pieces, and lines of the scatter
 
@@ -30,7 +30,7 @@ int64_t tile(int64_t) { return kTile; }
 
 template <class Feature>
 void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares, void* squares) {
-  pack_as<Feature, false>(group, row, panel, column_squares, static_cast<float*>(squares));
+  pack_as<Feature, false, true>(group, row, panel, column_squares, static_cast<float*>(squares));
 }
 
 // scatter[j + b][i + a] += over the rows of the panel, for A pieces from column i and kLines columns from j.
@@ -90,7 +90,8 @@ template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   const ScatterBody& vectors = *scatter_body_avx512(dtype);
   static const ScatterBody table = {kSide,
-                                    kBlockRows,
+                                    kPanelRows,
+                                    kPanelRows / 4,
                                     0,
                                     element,
                                     tile,

@@ -7,8 +7,6 @@
 // B broadcasts (rows j) over all rows of the block, or all that wait, and then adds it to the float64
 // scatter: no float32 sum is longer than that.
 
-#include "cpu/class_scatter_prefetch.h"
-
 struct BFloat16 {};
 struct Float16 {};
 
@@ -260,39 +258,27 @@ struct VectorBody {
                    void* squares) {
     Real* to = reinterpret_cast<Real*>(panel.data) + row * panel.step;
     const int64_t piece = panel.piece, step = panel.step;
-    V residuals[kGroup];
-    Prefetcher prefetcher(group, panel.p * kSize);
-    add_group(
-        group, panel.p, column_squares, squares,
-        [&](int i, int64_t j, int count) [[gnu::always_inline]] {
-          prefetcher.ask();
-          return residuals[i] = load<Feature, Real, W>(group.features[i], j, count) -
-                                load<Real, Real, W>(group.shift[i], j, count);
-        },
-        // Other cores have read these lines of the panel, and a store waits for them to let go of its line.
-        // It waits for several at once only if nothing else is stored in between.
-        [&](int64_t j) [[gnu::always_inline]] {
-          for (int i = 0; i < group.rows; i++)
-            std::memcpy(to + j / W * piece + i * step, &residuals[i], sizeof(V));
-        });
+    add_group(group, panel.p, column_squares, squares,
+              [&](int i, int64_t j, int count) [[gnu::always_inline]] {
+                __builtin_prefetch(group.next[i] + j * kSize, 0, 2);
+                const V d = load<Feature, Real, W>(group.features[i], j, count) -
+                            load<Real, Real, W>(group.shift[i], j, count);
+                std::memcpy(to + j / W * piece + i * step, &d, sizeof d);
+                return d;
+              });
   }
 
   static void add_residuals(const Group& group, int64_t p, double* column_squares, void* squares) {
-    add_group(
-        group, p, column_squares, squares,
-        [&](int i, int64_t j, int count) [[gnu::always_inline]] {
-          __builtin_prefetch(group.next[i] + j * sizeof(Real));
-          return load<Real, Real, W>(group.features[i], j, count);
-        },
-        [](int64_t) {});
+    add_group(group, p, column_squares, squares, [&](int i, int64_t j, int count) [[gnu::always_inline]] {
+      __builtin_prefetch(group.next[i] + j * sizeof(Real));
+      return load<Real, Real, W>(group.features[i], j, count);
+    });
   }
 
-  // Sums and squares of a group; residual(i, j, count) are those of its row i from column j on, and after
-  // those of all rows comes finish(j).
-  template <class Residual, class Finish>
+  // Sums and squares of a group; residual(i, j, count) are those of its row i from column j on.
+  template <class Residual>
   [[gnu::always_inline]] static void add_group(const Group& group, int64_t p, double* column_squares,
-                                               void* squares, const Residual& residual,
-                                               const Finish& finish) {
+                                               void* squares, const Residual& residual) {
     const int rows = group.rows;
     V square[kGroup] = {};
     for_pieces(p, [&](int64_t j, int count) [[gnu::always_inline]] {
@@ -308,7 +294,6 @@ struct VectorBody {
           total = V{};
         }
       }
-      finish(j);
       add_to<Real, W>(column_squares + j, columns, count);
     });
     for (int i = 0; i < rows; i++) static_cast<Real*>(squares)[i] = sum<Real, W>(square[i]);
@@ -379,9 +364,10 @@ struct VectorBody {
   }
 
   template <int A, int B, int Tile>
-  static const ScatterBody* body(int64_t block_rows) {
+  static const ScatterBody* body(int64_t panel_rows) {
     static const ScatterBody table = {W,
-                                      block_rows,
+                                      panel_rows,
+                                      panel_rows / 4,
                                       0,
                                       element,
                                       tile<Tile>,

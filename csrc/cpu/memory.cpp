@@ -10,15 +10,26 @@
 
 namespace ncfast {
 
-void* allocate_bytes(size_t bytes) {
-  constexpr size_t kSmallPage = 1 << 12, kHugePage = 1 << 21;
-  const bool huge = bytes >= 2 * kHugePage;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, huge ? kHugePage : kSmallPage, std::max<size_t>(bytes, 1)))
-    throw std::bad_alloc();
+namespace {
+
+constexpr size_t kSmallPage = 1 << 12, kHugePage = 1 << 21, kLarge = 2 * kHugePage;
+
+}  // namespace
+
+void prefer_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
-  if (huge) madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+  if (bytes < kLarge) return;
+  const auto from = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (from + kHugePage - 1) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), (from + bytes - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
+}
+
+void* allocate_bytes(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, bytes >= kLarge ? kHugePage : kSmallPage, std::max<size_t>(bytes, 1)))
+    throw std::bad_alloc();
+  prefer_huge_pages(memory, bytes);
   return memory;
 }
 

@@ -16,8 +16,11 @@ struct Free {
 template <class T>
 using Memory = std::unique_ptr<T, Free>;
 
-// Aligned to a page. Large ones are on huge pages where the system lets us: there are more small ones than
-// the processor keeps translations of, and the first touch of each is a fault.
+// Before the first touch of large memory, asks the system for huge pages: there are more small ones than the
+// processor keeps translations of, and the first touch of each is a fault.
+void prefer_huge_pages(void* memory, size_t bytes);
+
+// Aligned to a page, large ones on huge pages.
 void* allocate_bytes(size_t bytes);
 
 template <class T>
