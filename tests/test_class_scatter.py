@@ -40,8 +40,9 @@ SHAPES = [  # N, p, C
     (20_000, 5, 3),  # without the scatter, rows as they lie, and classes with more than is held in float32
     (20_000, 40, 200),  # the same, and classes with less
     (20_000, 300, 60),  # the same, a few columns of many rows at a time
-    (20_000, 95, 3),  # strips packed and multiplied in one stage, classes longer than a strip
-    (140_000, 65, 20),  # more than one block of those
+    (17_000, 550, 30),  # a panel for each thread, with AMX as well, and several tiles
+    (20_000, 95, 3),  # one tile, with AMX in panels that are filled again, and classes longer than a strip
+    (140_000, 65, 20),  # more than one block of such strips
 ]
 
 
@@ -239,7 +240,7 @@ def test_squares_that_overflow():
         (3000, 100, 7),
         (70_000, 3, 2),
         (140_000, 65, 7),
-        (17_000, 300, 5),
+        (17_000, 550, 5),
         (20_000, 70, 300),
         (20_000, 300, 60),
     ],
@@ -438,13 +439,20 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_ctrl_c_stops_a_long_call():
-    features = torch.zeros(1, 512).expand(4_000_000, 512)
-    labels, shift = torch.zeros(4_000_000).int(), torch.zeros(1, 512)
+@pytest.mark.parametrize(("N", "p"), [(4_000_000, 512), (65_536, 2048)])
+def test_ctrl_c_stops_a_long_call(monkeypatch, N, p):
+    """Between blocks, and within the only one: some of the rows have not been counted."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # more might be done before
+    features, labels = torch.zeros(1, p).expand(N, p), (torch.arange(N) // 512).int()
+    C = int(labels[-1]) + 1
+    counts = torch.zeros(C, dtype=torch.int64)
+    sumsq, sums, scatter = (torch.zeros(shape, dtype=torch.float64) for shape in ((C,), (C, p), (p, p)))
+    result = ClassScatter(counts, sums, sumsq, scatter, None)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it
     try:
-        threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
-            cpu.class_scatter(features, labels, shift, precision="highest")
+            cpu._run(result, features, labels, torch.zeros(C, p), "highest", -100, "whole")
     finally:
         signal.signal(signal.SIGINT, before)
+    assert int(counts.sum()) < N

@@ -93,7 +93,7 @@ class Pass {
           pack(start, end, carry);
           multiply_tiles(end - start);
         } else {
-          pack_and_multiply(start, end, carry, fused);
+          pack_and_multiply(start, end, carry);
         }
         add_carries(start, end, carry, diagonal);
       }
@@ -129,7 +129,7 @@ class Pass {
 
   // Both stages of a strip by one thread in a panel of its own, which no other core reads: a store would wait
   // for that to let go of the line. Each tile of the scatter is added to in the order of the strips.
-  void pack_and_multiply(int64_t start, int64_t end, Carry& carry, bool fused) {
+  void pack_and_multiply(int64_t start, int64_t end, Carry& carry) {
     std::vector<std::atomic<int64_t>> turns(tiles_.size());
     std::exception_ptr thrown;
     std::atomic<bool> stopped{false};
@@ -146,14 +146,15 @@ class Pass {
       if (stopped) return;
       const int64_t from = start + strip * strip_, to = std::min(end, from + strip_);
       Panel& panel = panels_[slot];
-      char* scratch = scratch_ + slot * scratch_bytes_;
+      bool anew = true;
       pack_strip(start, from, to, end, strip, carry,
                  [&](const Group& group, int64_t row, double* column_squares, Real* squares) {
-                   const int64_t filled = (row - from) % panel.stride, after = row + group.rows;
+                   const int64_t filled = (row - from) % panel.stride;
                    body_.pack(group, filled, panel, column_squares, squares);
                    panel.rows = filled + group.rows;
-                   if (fused && (panel.rows == panel.stride || after == to))
-                     body_.accumulate(panel, after - panel.rows == from, scratch);
+                   if (panel.rows < panel.stride || row + group.rows == to) return;
+                   multiply_tile(0, slot, panel, anew, nullptr);  // there is one tile: it is filled again
+                   anew = false;
                  });
       for (size_t i = 0; i < tiles_.size(); i++) {
         // Strips are handed out in order, so whoever is waited for is at work, or has stopped.
@@ -161,11 +162,7 @@ class Pass {
           if (stopped) return;
           std::this_thread::yield();
         }
-        if (fused) {
-          body_.flush(panel, call_.scatter, scratch);
-        } else {
-          multiply_tile(i, slot, panel);
-        }
+        multiply_tile(i, slot, panel, anew, call_.scatter);
         turns[i].store(strip + 1, std::memory_order_release);
       }
     });
@@ -258,11 +255,11 @@ class Pass {
 
   void multiply_tiles(int64_t rows) {
     parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(tiles_.size()),
-                 [&](int64_t i, int slot) { multiply_tile(i, slot, panels_[0]); });
+                 [&](int64_t i, int slot) { multiply_tile(i, slot, panels_[0], true, call_.scatter); });
   }
 
-  void multiply_tile(int64_t i, int slot, const Panel& panel) {
-    body_.multiply(panel, tiles_[i].first, tiles_[i].second, call_.scatter, scratch_ + slot * scratch_bytes_);
+  void multiply_tile(int64_t i, int slot, const Panel& panel, bool anew, double* scatter) {
+    body_.multiply(panel, tiles_[i].first, tiles_[i].second, anew, scatter, scratch_ + slot * scratch_bytes_);
   }
 
   // Rows that wait are a panel as they lie. Whoever multiplies a tile on the diagonal adds its columns first,
@@ -278,7 +275,7 @@ class Pass {
                  [&](int64_t i, int slot) {
                    const auto [I, J] = tiles_[i];
                    if (I == J) add_tile_columns(I, diagonal, &squares[I / panel.tile * call_.N]);
-                   multiply_tile(i, slot, panel);
+                   multiply_tile(i, slot, panel, true, call_.scatter);
                  });
     for (int64_t row = 0; row < call_.N; row++) {
       Real square = 0;

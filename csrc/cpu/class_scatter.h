@@ -1,17 +1,19 @@
 // class_scatter on the CPU: counts, sums, sums of squares and the scatter of (h - k_y), from one read of h.
 //
-// class_scatter.cpp orders the rows by class and cuts them into blocks; a body, one per instruction set,
-// packs a block's residuals into a panel and multiplies the panel with itself:
+// class_scatter.cpp orders the rows by class; a body, one per instruction set, packs their residuals into a
+// panel and multiplies the panel with itself:
 //
 //   rows of one chunk, counting-sorted by class
-//     block   the rows whose residuals the panel holds at once
+//     block     the rows between two meetings of all threads
 //       strip   one task of the pack stage
 //         group   up to 32 rows, one call of a body
-//     tile      one task of the multiply stage: a square of the upper triangle of the scatter
+//     tile      a square of the upper triangle of the scatter
 //
-// Where the whole scatter is no more than a tile the two stages are one: each task packs a strip into a panel
-// of its own, a few rows at a time, multiplies those while they are in the cache, and adds its tile to the
-// scatter when it is its turn.
+// With rows enough a strip is what a panel holds, and the two stages are one task: a thread packs the strip
+// into a panel of its own, multiplies that, and adds to each tile of the scatter when it is the strip's turn.
+// Where the whole scatter is no more than a tile, the panel may hold fewer rows, so that it stays in the cache
+// from packing to multiplying, and is filled again. With few rows a block is what one panel holds: all threads
+// pack it, in short strips, and then multiply it, each tile being a task.
 //
 // Every boundary depends on the shapes alone, and what two tasks contribute to the same number is added in
 // the order of the tasks: results are bitwise the same for any number of threads.
@@ -120,7 +122,7 @@ struct Panel {
   int64_t padded;  // columns, rounded up to ScatterBody::pad; those from p on do not matter
   int64_t rows;    // rows filled
   int64_t stride;  // rows it has room for, a multiple of kGroup
-  int64_t tile;    // side of the squares into which the multiply stage cuts the scatter
+  int64_t tile;    // side of the tiles
   Precision precision;
   char* data;  // aligned to a page, but for rows that wait
   // Of panels of numbers: how many from one `pad` columns to the next ones, and from one row to the next.
@@ -130,13 +132,13 @@ struct Panel {
 // What an instruction set contributes. `squares` is float64 [kGroup] for float64 features, else float32.
 struct ScatterBody {
   int64_t pad;
-  int64_t panel_rows;               // a panel has room for, a multiple of kGroup
-  int64_t least_rows;               // for which a thread has a panel of its own
+  int64_t panel_rows;               // that a panel holds at most, a multiple of kGroup
+  int64_t least_rows;               // of a strip, for threads to have panels of their own
   size_t scratch;                   // bytes per thread and number of a tile
   size_t (*element)(Precision);     // bytes of panel per residual
   int64_t (*tile)(int64_t padded);  // multiple of pad
-  int64_t fused_columns;            // up to so many, padded, the two stages are one
-  int64_t fused_rows;               // multiple of kGroup: those multiplied at a time
+  int64_t fused_columns;            // up to so many, padded, a thread's own panel holds
+  int64_t fused_rows;               // so many rows instead, a multiple of kGroup, and a tile is all columns
 
   // Without the scatter: sums [p], float64 for float64 features, else float32, += the residuals of `count`
   // rows of one class, one after the other; squares[i] = |residual i|^2 in that precision. Asks for the rows
@@ -156,13 +158,10 @@ struct ScatterBody {
   void (*pack)(const Group&, int64_t row, const Panel&, double* column_squares, void* squares);
   // The same for rows that wait, which are a panel themselves; null where panels are not made of numbers.
   void (*add_residuals)(const Group&, int64_t p, double* column_squares, void* squares);
-  // scatter [p, p] += the products of panel columns [I, I + tile) and [J, J + tile), I <= J. May write
-  // below the diagonal within the tile.
-  void (*multiply)(const Panel&, int64_t I, int64_t J, double* scatter, char* scratch);
-  // The same in two steps, for panels of one tile: its sums in scratch, begun anew or continued; and those
-  // added.
-  void (*accumulate)(const Panel&, bool anew, char* scratch);
-  void (*flush)(const Panel&, double* scatter, char* scratch);
+  // scatter [p, p] += the products of panel columns [I, I + tile) and [J, J + tile), I <= J, and what
+  // calls without a scatter have left in scratch, unless that is `anew`. May write below the diagonal within
+  // the tile. Only bodies with `fused_columns` are called without a scatter.
+  void (*multiply)(const Panel&, int64_t I, int64_t J, bool anew, double* scatter, char* scratch);
 };
 
 // To be called only where the instruction set is available. AMX multiplies one or two bfloat16, AVX512-BF16

@@ -29,7 +29,8 @@ size_t element(Precision precision) { return sizeof(uint16_t) * (precision == Pr
 
 template <class Feature>
 void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares, void* squares) {
-  const auto pack = panel.precision == Precision::high ? pack_as<Feature, true, false> : pack_as<Feature, false, false>;
+  const auto pack =
+      panel.precision == Precision::high ? pack_as<Feature, true, false> : pack_as<Feature, false, false>;
   pack(group, row, panel, column_squares, static_cast<float*>(squares));
 }
 
@@ -210,33 +211,19 @@ void add_products(const Panel& panel, int64_t I, int64_t J, int64_t step, int64_
   });
 }
 
-int64_t steps_of(const Panel& panel) { return (panel.rows + kGroup - 1) / kGroup; }
-
 // The rows are taken kSteps tile products at a time, so that the panel's columns of one tile of the scatter
-// stay in the second-level cache beside its float32 sums (scratch). Those go to the float64 scatter once a
-// block.
-void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char* scratch) {
+// stay in the second-level cache beside its float32 sums (scratch). Those go to the float64 scatter with the
+// last of them.
+void multiply(const Panel& panel, int64_t I, int64_t J, bool anew, double* scatter, char* scratch) {
   _tile_loadconfig(&kTileConfiguration);
   const auto add = panel.precision == Precision::high ? add_products<true> : add_products<false>;
-  const int64_t steps = steps_of(panel);
+  const int64_t steps = (panel.rows + kGroup - 1) / kGroup;
   for (int64_t step = 0; step < steps; step += kSteps) {
     const bool last = step + kSteps >= steps;
-    add(panel, I, J, step, last ? steps - step : kSteps, step == 0, last ? scatter : nullptr, scratch);
+    add(panel, I, J, step, last ? steps - step : kSteps, anew && step == 0, last ? scatter : nullptr,
+        scratch);
   }
   _tile_release();
-}
-
-void accumulate(const Panel& panel, bool anew, char* scratch) {
-  _tile_loadconfig(&kTileConfiguration);
-  const auto add = panel.precision == Precision::high ? add_products<true> : add_products<false>;
-  add(panel, 0, 0, 0, steps_of(panel), anew, nullptr, scratch);
-  _tile_release();
-}
-
-void flush(const Panel& panel, double* scatter, char* scratch) {
-  for_register_tiles(panel, 0, 0, scratch, [&](int64_t j, int64_t i, char* floats) {
-    Destination(panel, i, j, scatter).add(floats);
-  });
 }
 
 template <class Feature>
@@ -256,9 +243,7 @@ const ScatterBody* body(Dtype dtype) {
                                     vectors.take_row,
                                     pack<Feature>,
                                     nullptr,
-                                    multiply,
-                                    accumulate,
-                                    flush};
+                                    multiply};
   return &table;
 }
 

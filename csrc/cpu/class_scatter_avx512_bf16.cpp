@@ -74,7 +74,7 @@ void register_tile(const Panel& panel, int64_t i, int64_t j, double* scatter) {
   }
 }
 
-void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char*) {
+void multiply(const Panel& panel, int64_t I, int64_t J, bool, double* scatter, char*) {
   const int64_t rows_end = I + kTile < panel.padded ? I + kTile : panel.padded;
   const int64_t columns_end = J + kTile < panel.padded ? J + kTile : panel.padded;
   for (int64_t j = I; j < rows_end && j < panel.p; j += kLines) {
@@ -103,9 +103,7 @@ const ScatterBody* body(Dtype dtype) {
                                     vectors.take_row,
                                     pack<Feature>,
                                     nullptr,
-                                    multiply,
-                                    nullptr,
-                                    nullptr};
+                                    multiply};
   return &table;
 }
 

@@ -342,7 +342,7 @@ struct VectorBody {
 
   // Rows j .. j + B of the scatter from the vector on that holds their diagonal.
   template <int A, int B, int Tile>
-  static void multiply(const Panel& panel, int64_t I, int64_t J, double* scatter, char*) {
+  static void multiply(const Panel& panel, int64_t I, int64_t J, bool, double* scatter, char*) {
     static_assert(Tile % W == 0 && W % B == 0);
     const int64_t rows_end = I + Tile < panel.padded ? I + Tile : panel.padded;
     const int64_t columns_end = J + Tile < panel.padded ? J + Tile : panel.padded;
@@ -365,23 +365,9 @@ struct VectorBody {
 
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t panel_rows) {
-    static const ScatterBody table = {W,
-                                      panel_rows,
-                                      panel_rows / 4,
-                                      0,
-                                      element,
-                                      tile<Tile>,
-                                      0,
-                                      0,
-                                      add_rows,
-                                      add_window,
-                                      move_row,
-                                      take_row,
-                                      pack,
-                                      add_residuals,
-                                      multiply<A, B, Tile>,
-                                      nullptr,
-                                      nullptr};
+    static const ScatterBody table = {
+        W,          panel_rows, panel_rows / 4, 0,    element,       tile<Tile>,          0, 0, add_rows,
+        add_window, move_row,   take_row,       pack, add_residuals, multiply<A, B, Tile>};
     return &table;
   }
 };
