@@ -134,7 +134,8 @@ class Pass {
     std::exception_ptr thrown;
     std::atomic<bool> stopped{false};
     const std::thread::id caller = std::this_thread::get_id();
-    parallel_for(threads_, (end - start + strip_ - 1) / strip_, [&](int64_t strip, int slot) {
+    const int64_t strips = (end - start + strip_ - 1) / strip_;
+    parallel_for(threads_for((end - start) * call_.p), strips, [&](int64_t strip, int slot) {
       if (std::this_thread::get_id() == caller) {
         try {
           poll_();
