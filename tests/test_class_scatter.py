@@ -33,8 +33,9 @@ SHAPES = [  # N, p, C
     (100, 33, 7),
     (257, 95, 300),  # C > p, most classes absent or of one sample
     (300, 97, 3),  # one above two register tiles of every instruction set
-    (1100, 193, 11),  # one above a tile of the multiply stage, and more than one block of rows
-    (2100, 260, 2),  # a class longer than a block
+    (1100, 193, 11),  # one above a tile that threads work on together
+    (1900, 260, 2),  # a panel that they share is filled twice, and classes are longer than a strip
+    (2100, 260, 2),  # the least rows for panels of their own, none full, and several tiles
     (150, 2100, 3),  # several of the largest tiles of AMX, the last one narrower
     (17_000, 5, 1500),  # more than one block of the streaming pass, class by class
     (20_000, 5, 3),  # without the scatter, rows as they lie, and classes with more than is held in float32
@@ -237,6 +238,7 @@ def test_squares_that_overflow():
 @pytest.mark.parametrize(
     "shape",
     [
+        (1900, 260, 2),
         (3000, 100, 7),
         (70_000, 3, 2),
         (140_000, 65, 7),

@@ -17,9 +17,10 @@
 namespace ncfast {
 namespace {
 
-constexpr int64_t kSharedStrip = 64;  // rows, where threads share a panel
-constexpr int64_t kLeastStrips = 8;   // where each thread has a panel: with fewer, some would have none
-constexpr int64_t kMostStrips = 64;   // of a block, then
+constexpr int64_t kSharedStrip = 64;      // rows, where threads share a panel
+constexpr int64_t kLeastStrips = 8;       // where each thread has a panel: with fewer, some would have none
+constexpr int64_t kMostStrips = 64;       // of a block, then
+constexpr int64_t kMostPanel = 24 << 20;  // bytes
 
 // What the strips of a block cannot add to the results themselves. A strip adds to the sums of the classes
 // that begin in it; rows of a class that began in an earlier strip of the block are carried, and added when
@@ -56,15 +57,22 @@ class Pass {
     const bool shared = as_they_lie_ || call_.N < kLeastStrips * body_.least_rows;
     const bool fused = !shared && padded <= body_.fused_columns;
     const int64_t most = round_up(std::min(call_.N, kChunk), kGroup);
+    const int64_t row_bytes = body_.element(call_.precision) * padded;
     const int64_t panel_rows =
-        std::min(body_.panel_rows, shared ? most : round_up(call_.N / kLeastStrips, kGroup));
+        std::min({body_.panel_rows, shared ? most : round_up(call_.N / kLeastStrips, kGroup),
+                  std::max<int64_t>(kMostPanel / row_bytes / kGroup, 1) * kGroup});
     strip_ = shared ? kSharedStrip : panel_rows;
-    const int64_t block_rows = shared ? panel_rows : std::min(most, kMostStrips * strip_);
+    // Blocks of as many strips, as nearly as can be: some threads have nothing to do at the end of each.
+    const int64_t blocks = (most - 1) / (kMostStrips * strip_) + 1;
+    const int64_t block_rows = shared ? panel_rows : round_up((most - 1) / blocks + 1, strip_);
     Carry carry(as_they_lie_ ? 0 : (block_rows + strip_ - 1) / strip_, p);
-    const int64_t stride = fused ? body_.fused_rows : panel_rows, tile = fused ? padded : body_.tile(padded);
+    const int64_t stride = fused ? body_.fused_rows : panel_rows;
+    // Only one thread at a time adds to a tile of the scatter. Where they share a panel, more tiles are more
+    // reading of what another core has written.
+    const int64_t most_tile = body_.tile(padded), eighth = round_up((padded + 7) / 8, body_.least_tile);
+    const int64_t tile = fused ? padded : shared ? most_tile : std::min(most_tile, eighth);
     const int64_t panels = shared ? 1 : threads_;
-    const size_t panel_bytes =
-        as_they_lie_ ? 0 : round_up(body_.element(call_.precision) * padded * stride, kPage);
+    const size_t panel_bytes = as_they_lie_ ? 0 : round_up(row_bytes * stride, kPage);
     scratch_bytes_ = round_up(body_.scratch * tile * tile, kPage);
     Memory<char> memory = allocate_or_kept(panels * panel_bytes + threads_ * scratch_bytes_);
     for (int64_t i = 0; i < panels; i++) {
@@ -73,6 +81,7 @@ class Pass {
     }
     scratch_ = memory.get() + panels * panel_bytes;
     tiles_ = tiles_of(panels_[0]);
+    turns_ = std::vector<std::atomic<int64_t>>(tiles_.size());
     if (call_.fresh) clear(call_, threads_);
     std::vector<double> diagonal;
     for (int64_t j = 0; j < p; j++) diagonal.push_back(call_.scatter[j * p + j]);
@@ -130,13 +139,13 @@ class Pass {
   // Both stages of a strip by one thread in a panel of its own, which no other core reads: a store would wait
   // for that to let go of the line. Each tile of the scatter is added to in the order of the strips.
   void pack_and_multiply(int64_t start, int64_t end, Carry& carry) {
-    std::vector<std::atomic<int64_t>> turns(tiles_.size());
+    for (auto& turn : turns_) turn = 0;
     std::exception_ptr thrown;
     std::atomic<bool> stopped{false};
     const std::thread::id caller = std::this_thread::get_id();
     const int64_t strips = (end - start + strip_ - 1) / strip_;
     parallel_for(threads_for((end - start) * call_.p), strips, [&](int64_t strip, int slot) {
-      if (std::this_thread::get_id() == caller) {
+      if (std::this_thread::get_id() == caller && !stopped) {
         try {
           poll_();
         } catch (...) {
@@ -146,9 +155,9 @@ class Pass {
       }
       if (stopped) return;
       const int64_t from = start + strip * strip_, to = std::min(end, from + strip_);
-      Panel& panel = panels_[slot];
+      Panel panel = panels_[slot];  // a copy: those of other threads may lie in the same lines
       bool anew = true;
-      pack_strip(start, from, to, end, strip, carry,
+      pack_strip(start, from, to, to, strip, carry,
                  [&](const Group& group, int64_t row, double* column_squares, Real* squares) {
                    const int64_t filled = (row - from) % panel.stride;
                    body_.pack(group, filled, panel, column_squares, squares);
@@ -159,12 +168,12 @@ class Pass {
                  });
       for (size_t i = 0; i < tiles_.size(); i++) {
         // Strips are handed out in order, so whoever is waited for is at work, or has stopped.
-        while (turns[i].load(std::memory_order_acquire) != strip) {
+        while (turns_[i].load(std::memory_order_acquire) != strip) {
           if (stopped) return;
           std::this_thread::yield();
         }
         multiply_tile(i, slot, panel, anew, call_.scatter);
-        turns[i].store(strip + 1, std::memory_order_release);
+        turns_[i].store(strip + 1, std::memory_order_release);
       }
     });
     if (thrown) std::rethrow_exception(thrown);
@@ -318,7 +327,8 @@ class Pass {
   std::vector<Real> no_shift_;  // zeros [p] for rows that wait and are packed: their shifts are subtracted
   std::vector<Panel> panels_;   // one, or one per thread
   std::vector<std::pair<int64_t, int64_t>> tiles_;
-  char* scratch_ = nullptr;  // of scratch_bytes_ per thread
+  std::vector<std::atomic<int64_t>> turns_;  // of each tile, the strip that is to be added next
+  char* scratch_ = nullptr;                  // of scratch_bytes_ per thread
   size_t scratch_bytes_ = 0;
 };
 

@@ -4,16 +4,16 @@
 // panel and multiplies the panel with itself:
 //
 //   rows of one chunk, counting-sorted by class
-//     block     the rows between two meetings of all threads
+//     block     rows whose strips are tasks at the same time
 //       strip   one task of the pack stage
 //         group   up to 32 rows, one call of a body
 //     tile      a square of the upper triangle of the scatter
 //
 // With rows enough a strip is what a panel holds, and the two stages are one task: a thread packs the strip
 // into a panel of its own, multiplies that, and adds to each tile of the scatter when it is the strip's turn.
-// Where the whole scatter is no more than a tile, the panel may hold fewer rows, so that it stays in the cache
-// from packing to multiplying, and is filled again. With few rows a block is what one panel holds: all threads
-// pack it, in short strips, and then multiply it, each tile being a task.
+// Where the whole scatter is no more than a tile, the panel may hold fewer rows, so that it stays in the
+// cache from packing to multiplying, and is filled again. With few rows a block is what one panel holds: all
+// threads pack it, in short strips, and then multiply it, each tile being a task.
 //
 // Every boundary depends on the shapes alone, and what two tasks contribute to the same number is added in
 // the order of the tasks: results are bitwise the same for any number of threads.
@@ -107,7 +107,7 @@ struct Window {
 
 constexpr int kGroup = 32;
 
-// Rows of a block in class order, and where their residuals go.
+// Rows of a strip in class order, and where their residuals go.
 struct Group {
   int rows;
   const char* features[kGroup];
@@ -129,6 +129,11 @@ struct Panel {
   int64_t piece, step;
 };
 
+// Where the tile ends that begins with column I.
+inline int64_t end_of_tile(const Panel& panel, int64_t I) {
+  return I + panel.tile < panel.padded ? I + panel.tile : panel.padded;
+}
+
 // What an instruction set contributes. `squares` is float64 [kGroup] for float64 features, else float32.
 struct ScatterBody {
   int64_t pad;
@@ -136,7 +141,9 @@ struct ScatterBody {
   int64_t least_rows;               // of a strip, for threads to have panels of their own
   size_t scratch;                   // bytes per thread and number of a tile
   size_t (*element)(Precision);     // bytes of panel per residual
-  int64_t (*tile)(int64_t padded);  // multiple of pad
+  int64_t (*tile)(int64_t padded);  // at most, multiple of pad
+  int64_t least_tile;               // multiple of pad: where threads have panels of their own, tiles are
+                                    // multiples of it, and an eighth of the columns if that is less
   int64_t fused_columns;            // up to so many, padded, a thread's own panel holds
   int64_t fused_rows;               // so many rows instead, a multiple of kGroup, and a tile is all columns
 
@@ -154,7 +161,7 @@ struct ScatterBody {
   // they will wait; null for nowhere.
   double (*take_row)(const char* row, const char* shift, int64_t p, char* residuals);
   // Sums and squares of the rows of a group, column_squares[p] += the squares of their residuals, and the
-  // residuals go into the panel, from row `row` of the block on.
+  // residuals go into the panel, from its row `row` on.
   void (*pack)(const Group&, int64_t row, const Panel&, double* column_squares, void* squares);
   // The same for rows that wait, which are a panel themselves; null where panels are not made of numbers.
   void (*add_residuals)(const Group&, int64_t p, double* column_squares, void* squares);

@@ -1,7 +1,7 @@
 // class_scatter on AMX: residuals as one or two bfloat16, multiplied by 16 x 16 tiles into float32.
 //
 // "high" writes d = hi + lo and adds hi hi' + hi lo' + lo hi'; "medium" adds hi hi' alone. A tile product
-// takes 32 rows of the block, its right factor with the rows in interleaved pairs, its left factor with the
+// takes 32 rows of the panel, its right factor with the rows in interleaved pairs, its left factor with the
 // rows along each line: as 32-bit words, one is the other transposed. The panel holds right factors. Left
 // factors are made from them by whoever multiplies, in the first level of the cache.
 #if defined(__x86_64__)
@@ -166,15 +166,10 @@ constexpr int64_t kFusedRows = kSteps * kGroup;
 // The larger the tile the less of the panel is read again, and the fewer tasks there are for the threads.
 int64_t tile(int64_t padded) { return padded >= 4 * kMostTile ? kMostTile : kMostTile / 2; }
 
-// Where the tile ends that begins with column I.
-int64_t end_of(const Panel& panel, int64_t I) {
-  return I + panel.tile < panel.padded ? I + panel.tile : panel.padded;
-}
-
 // visit(j, i, floats) for the register tiles of a tile, and where in scratch their sums are.
 template <class Visit>
 void for_register_tiles(const Panel& panel, int64_t I, int64_t J, char* scratch, const Visit& visit) {
-  const int64_t rows_end = end_of(panel, I), columns_end = end_of(panel, J);
+  const int64_t rows_end = end_of_tile(panel, I), columns_end = end_of_tile(panel, J);
   for (int64_t j = I; j < rows_end; j += kPair) {
     for (int64_t i = I == J ? j : J; i < columns_end; i += kPair, scratch += kPair * kLine)
       visit(j, i, scratch);
@@ -189,7 +184,7 @@ void add_products(const Panel& panel, int64_t I, int64_t J, int64_t step, int64_
   constexpr int64_t kBytes = kTileBytes * (Split ? 2 : 1);
   const int64_t stride = panel.padded / kSide * kBytes;
   const char* right = panel.data + step * stride;
-  LeftFactors<Split> factors(right + I / kSide * kBytes, stride, count, I, end_of(panel, I));
+  LeftFactors<Split> factors(right + I / kSide * kBytes, stride, count, I, end_of_tile(panel, I));
   const char* left = nullptr;
   int64_t line = -1;
   for_register_tiles(panel, I, J, scratch, [&](int64_t j, int64_t i, char* floats) {
@@ -235,6 +230,7 @@ const ScatterBody* body(Dtype dtype) {
                                     sizeof(float),
                                     element,
                                     tile,
+                                    kMostTile,
                                     kMostTile,
                                     kFusedRows,
                                     vectors.add_rows,

@@ -75,8 +75,7 @@ void register_tile(const Panel& panel, int64_t i, int64_t j, double* scatter) {
 }
 
 void multiply(const Panel& panel, int64_t I, int64_t J, bool, double* scatter, char*) {
-  const int64_t rows_end = I + kTile < panel.padded ? I + kTile : panel.padded;
-  const int64_t columns_end = J + kTile < panel.padded ? J + kTile : panel.padded;
+  const int64_t rows_end = end_of_tile(panel, I), columns_end = end_of_tile(panel, J);
   for (int64_t j = I; j < rows_end && j < panel.p; j += kLines) {
     int64_t i = I == J ? j / kSide * kSide : J;
     for (; i + kColumns * kSide <= columns_end; i += kColumns * kSide)
@@ -95,6 +94,7 @@ const ScatterBody* body(Dtype dtype) {
                                     0,
                                     element,
                                     tile,
+                                    kColumns * kSide,
                                     0,
                                     0,
                                     vectors.add_rows,

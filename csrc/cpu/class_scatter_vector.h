@@ -4,7 +4,7 @@
 //
 // Panel: columns in pieces of W. One that is packed is [padded / W][stride][W]; rows that wait are one as
 // they lie, and as fast. The multiply stage holds a register tile of A vectors (columns i of the scatter) x
-// B broadcasts (rows j) over all rows of the block, or all that wait, and then adds it to the float64
+// B broadcasts (rows j) over all rows of the panel, or all that wait, and then adds it to the float64
 // scatter: no float32 sum is longer than that.
 
 struct BFloat16 {};
@@ -341,11 +341,10 @@ struct VectorBody {
   }
 
   // Rows j .. j + B of the scatter from the vector on that holds their diagonal.
-  template <int A, int B, int Tile>
+  template <int A, int B>
   static void multiply(const Panel& panel, int64_t I, int64_t J, bool, double* scatter, char*) {
-    static_assert(Tile % W == 0 && W % B == 0);
-    const int64_t rows_end = I + Tile < panel.padded ? I + Tile : panel.padded;
-    const int64_t columns_end = J + Tile < panel.padded ? J + Tile : panel.padded;
+    static_assert(W % B == 0);
+    const int64_t rows_end = end_of_tile(panel, I), columns_end = end_of_tile(panel, J);
     for (int64_t j = I; j < rows_end && j < panel.p; j += B) {
       int64_t i = I == J ? j / W * W : J;
       for (; i + A * W <= columns_end; i += A * W) register_tile<A, B>(panel, i, j, scatter);
@@ -366,8 +365,8 @@ struct VectorBody {
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t panel_rows) {
     static const ScatterBody table = {
-        W,          panel_rows, panel_rows / 4, 0,    element,       tile<Tile>,          0, 0, add_rows,
-        add_window, move_row,   take_row,       pack, add_residuals, multiply<A, B, Tile>};
+        W, panel_rows, panel_rows / 4, 0,        element,  tile<Tile>, A * W,         0,
+        0, add_rows,   add_window,     move_row, take_row, pack,       add_residuals, multiply<A, B>};
     return &table;
   }
 };
