@@ -443,7 +443,7 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize(("N", "p"), [(4_000_000, 512), (65_536, 2048)])
 def test_ctrl_c_stops_a_long_call(monkeypatch, N, p):
-    """Between blocks, and within the only one: some of the rows have not been counted."""
+    """Of several blocks, and of one: some of the rows have not been counted."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # more might be done before
     features, labels = torch.zeros(1, p).expand(N, p), (torch.arange(N) // 512).int()
     C = int(labels[-1]) + 1

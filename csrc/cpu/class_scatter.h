@@ -15,8 +15,8 @@
 // cache from packing to multiplying, and is filled again. With few rows a block is what one panel holds: all
 // threads pack it, in short strips, and then multiply it, each tile being a task.
 //
-// Every boundary depends on the shapes alone, and what two tasks contribute to the same number is added in
-// the order of the tasks: results are bitwise the same for any number of threads.
+// Every boundary depends on shapes and labels alone, and what two tasks contribute to the same number is
+// added in the order of the tasks: results are bitwise the same for any number of threads.
 #pragma once
 
 #include <cstddef>

@@ -67,11 +67,11 @@ class Pool {
   }
 
   void run(int threads, int64_t count, const std::function<void(int64_t, int)>& task) {
-    std::unique_lock<std::mutex> only(busy_, std::try_to_lock);
-    if (!only || threads <= 1 || count <= 1) {
+    if (threads <= 1 || count <= 1 || busy_.exchange(true)) {
       for (int64_t i = 0; i < count; i++) task(i, 0);
       return;
     }
+    const Release release{busy_};
     const int helpers = static_cast<int>(std::min<int64_t>(threads, count)) - 1;
     {
       std::lock_guard<std::mutex> guard(mutex_);
@@ -94,6 +94,12 @@ class Pool {
   }
 
  private:
+  // No mutex: a task may run a signal handler, and that another call, on the thread that keeps the pool busy.
+  struct Release {
+    std::atomic<bool>& busy;
+    ~Release() { busy = false; }
+  };
+
   void drain(const std::function<void(int64_t, int)>& task, int64_t count, int slot) {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(i, slot);
   }
@@ -114,7 +120,8 @@ class Pool {
     }
   }
 
-  std::mutex busy_, mutex_;
+  std::atomic<bool> busy_{false};
+  std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   std::atomic<int64_t> next_{0};
