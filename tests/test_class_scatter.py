@@ -35,13 +35,13 @@ SHAPES = [  # N, p, C
     (300, 97, 3),  # one above two register tiles of every instruction set
     (1100, 193, 11),  # one above a tile that threads work on together
     (1900, 260, 2),  # a panel that they share is filled twice, and classes are longer than a strip
-    (2100, 260, 2),  # the least rows for panels of their own, none full, and several tiles
+    (2600, 260, 2),  # hardly rows enough for panels of their own, none full, and several tiles
     (150, 2100, 3),  # several of the largest tiles of AMX, the last one narrower
     (17_000, 5, 1500),  # more than one block of the streaming pass, class by class
     (20_000, 5, 3),  # without the scatter, rows as they lie, and classes with more than is held in float32
     (20_000, 40, 200),  # the same, and classes with less
     (20_000, 300, 60),  # the same, a few columns of many rows at a time
-    (17_000, 550, 30),  # a panel for each thread, with AMX as well, and several tiles
+    (20_000, 550, 30),  # a panel for each thread, with AMX as well, and several tiles
     (20_000, 95, 3),  # one tile, with AMX in panels that are filled again, and classes longer than a strip
     (140_000, 65, 20),  # more than one block of such strips
 ]
@@ -242,7 +242,7 @@ def test_squares_that_overflow():
         (3000, 100, 7),
         (70_000, 3, 2),
         (140_000, 65, 7),
-        (17_000, 550, 5),
+        (20_000, 550, 5),
         (20_000, 70, 300),
         (20_000, 300, 60),
     ],

@@ -53,14 +53,15 @@ class Pass {
         no_shift_(call.shift || as_they_lie_ ? 0 : call.p) {}
 
   Refusal run() {
+    if (!order_.sort(call_, 0, std::min(kChunk, call_.N))) return Refusal::label;
+    const int64_t N = call_.N > kChunk ? call_.N : order_.used();
     const int64_t p = call_.p, padded = round_up(p, body_.pad);
-    const bool shared = as_they_lie_ || call_.N < kLeastStrips * body_.least_rows;
+    const bool shared = as_they_lie_ || N < kLeastStrips * body_.least_rows;
     const bool fused = !shared && padded <= body_.fused_columns;
-    const int64_t most = round_up(std::min(call_.N, kChunk), kGroup);
+    const int64_t most = round_up(std::min(N, kChunk), kGroup);
     const int64_t row_bytes = body_.element(call_.precision) * padded;
-    const int64_t panel_rows =
-        std::min({body_.panel_rows, shared ? most : round_up(call_.N / kLeastStrips, kGroup),
-                  std::max<int64_t>(kMostPanel / row_bytes / kGroup, 1) * kGroup});
+    const int64_t panel_rows = std::min({body_.panel_rows, shared ? most : round_up(N / kLeastStrips, kGroup),
+                                         std::max<int64_t>(kMostPanel / row_bytes / kGroup, 1) * kGroup});
     strip_ = shared ? kSharedStrip : panel_rows;
     // Blocks of as many strips, as nearly as can be: some threads have nothing to do at the end of each.
     const int64_t blocks = (most - 1) / (kMostStrips * strip_) + 1;
@@ -88,7 +89,7 @@ class Pass {
     for (int64_t first = 0; first < call_.N; first += kChunk) {
       chunk_ = first;
       const int64_t rows = std::min(kChunk, call_.N - first);
-      if (!order_.sort(call_, first, rows)) return Refusal::label;
+      if (first > 0 && !order_.sort(call_, first, rows)) return Refusal::label;
       if (as_they_lie_) {
         multiply_waiting(diagonal);
         break;

@@ -224,22 +224,24 @@ void multiply(const Panel& panel, int64_t I, int64_t J, bool anew, double* scatt
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   const ScatterBody& vectors = *scatter_body_avx512(dtype);
-  static const ScatterBody table = {kPair,
-                                    2048,
-                                    2048,
-                                    sizeof(float),
-                                    element,
-                                    tile,
-                                    kMostTile,
-                                    kMostTile,
-                                    kFusedRows,
-                                    vectors.add_rows,
-                                    vectors.add_window,
-                                    vectors.move_row,
-                                    vectors.take_row,
-                                    pack<Feature>,
-                                    nullptr,
-                                    multiply};
+  static const ScatterBody table = {
+      kPair,
+      2048,  // panel_rows
+      2048,  // least_rows
+      sizeof(float),
+      element,
+      tile,
+      kMostTile,  // least_tile
+      kMostTile,  // fused_columns
+      kFusedRows,
+      vectors.add_rows,
+      vectors.add_window,
+      vectors.move_row,
+      vectors.take_row,
+      pack<Feature>,
+      nullptr,  // add_residuals
+      multiply,
+  };
   return &table;
 }
 

@@ -88,22 +88,24 @@ void multiply(const Panel& panel, int64_t I, int64_t J, bool, double* scatter, c
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
   const ScatterBody& vectors = *scatter_body_avx512(dtype);
-  static const ScatterBody table = {kSide,
-                                    kPanelRows,
-                                    kPanelRows / 4,
-                                    0,
-                                    element,
-                                    tile,
-                                    kColumns * kSide,
-                                    0,
-                                    0,
-                                    vectors.add_rows,
-                                    vectors.add_window,
-                                    vectors.move_row,
-                                    vectors.take_row,
-                                    pack<Feature>,
-                                    nullptr,
-                                    multiply};
+  static const ScatterBody table = {
+      kSide,
+      kPanelRows,
+      kPanelRows / 4,  // least_rows
+      0,               // scratch
+      element,
+      tile,
+      kColumns * kSide,  // least_tile
+      0,                 // fused_columns
+      0,                 // fused_rows
+      vectors.add_rows,
+      vectors.add_window,
+      vectors.move_row,
+      vectors.take_row,
+      pack<Feature>,
+      nullptr,  // add_residuals
+      multiply,
+  };
   return &table;
 }
 

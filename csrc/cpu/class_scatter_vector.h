@@ -365,8 +365,23 @@ struct VectorBody {
   template <int A, int B, int Tile>
   static const ScatterBody* body(int64_t panel_rows) {
     static const ScatterBody table = {
-        W, panel_rows, panel_rows / 4, 0,        element,  tile<Tile>, A * W,         0,
-        0, add_rows,   add_window,     move_row, take_row, pack,       add_residuals, multiply<A, B>};
+        W,
+        panel_rows,
+        panel_rows / 4,  // least_rows
+        0,               // scratch
+        element,
+        tile<Tile>,
+        A * W,  // least_tile
+        0,      // fused_columns
+        0,      // fused_rows
+        add_rows,
+        add_window,
+        move_row,
+        take_row,
+        pack,
+        add_residuals,
+        multiply<A, B>,
+    };
     return &table;
   }
 };
