@@ -73,15 +73,12 @@ class Pass {
     const int64_t most_tile = body_.tile(padded), eighth = round_up((padded + 7) / 8, body_.least_tile);
     const int64_t tile = fused ? padded : shared ? most_tile : std::min(most_tile, eighth);
     const int64_t panels = shared ? 1 : threads_;
-    const size_t panel_bytes = as_they_lie_ ? 0 : round_up(row_bytes * stride, kPage);
+    panel_bytes_ = as_they_lie_ ? 0 : round_up(row_bytes * stride, kPage);
     scratch_bytes_ = round_up(body_.scratch * tile * tile, kPage);
-    Memory<char> memory = allocate_or_kept(panels * panel_bytes + threads_ * scratch_bytes_);
-    for (int64_t i = 0; i < panels; i++) {
-      panels_.push_back({p, padded, 0, stride, tile, call_.precision, memory.get() + i * panel_bytes,
-                         stride * body_.pad, body_.pad});
-    }
-    scratch_ = memory.get() + panels * panel_bytes;
-    tiles_ = tiles_of(panels_[0]);
+    Memory<char> memory = allocate_or_kept(panels * panel_bytes_ + threads_ * scratch_bytes_);
+    panel_ = {p, padded, 0, stride, tile, call_.precision, memory.get(), stride * body_.pad, body_.pad};
+    scratch_ = memory.get() + panels * panel_bytes_;
+    tiles_ = tiles_of(panel_);
     turns_ = std::vector<std::atomic<int64_t>>(tiles_.size());
     if (call_.fresh) clear(call_, threads_);
     std::vector<double> diagonal;
@@ -126,13 +123,12 @@ class Pass {
 
   void pack(int64_t start, int64_t end, Carry& carry) {
     const int64_t strips = (end - start + strip_ - 1) / strip_;
-    Panel& panel = panels_[0];
-    panel.rows = end - start;
+    panel_.rows = end - start;
     parallel_for(threads_for((end - start) * call_.p), strips, [&](int64_t strip, int) {
       const int64_t from = start + strip * strip_;
       pack_strip(start, from, std::min(end, from + strip_), end, strip, carry,
                  [&](const Group& group, int64_t row, double* column_squares, Real* squares) {
-                   body_.pack(group, row - start, panel, column_squares, squares);
+                   body_.pack(group, row - start, panel_, column_squares, squares);
                  });
     });
   }
@@ -156,7 +152,8 @@ class Pass {
       }
       if (stopped) return;
       const int64_t from = start + strip * strip_, to = std::min(end, from + strip_);
-      Panel panel = panels_[slot];  // a copy: those of other threads may lie in the same lines
+      Panel panel = panel_;
+      panel.data += slot * panel_bytes_;
       bool anew = true;
       pack_strip(start, from, to, to, strip, carry,
                  [&](const Group& group, int64_t row, double* column_squares, Real* squares) {
@@ -266,7 +263,7 @@ class Pass {
 
   void multiply_tiles(int64_t rows) {
     parallel_for(threads_for(rows * call_.p), static_cast<int64_t>(tiles_.size()),
-                 [&](int64_t i, int slot) { multiply_tile(i, slot, panels_[0], true, call_.scatter); });
+                 [&](int64_t i, int slot) { multiply_tile(i, slot, panel_, true, call_.scatter); });
   }
 
   void multiply_tile(int64_t i, int slot, const Panel& panel, bool anew, double* scatter) {
@@ -276,7 +273,7 @@ class Pass {
   // Rows that wait are a panel as they lie. Whoever multiplies a tile on the diagonal adds its columns first,
   // for which they have to come to its cache anyway.
   void multiply_waiting(std::vector<double>& diagonal) {
-    Panel& panel = panels_[0];
+    Panel& panel = panel_;
     panel.data = static_cast<char*>(const_cast<void*>(call_.features));
     panel.piece = body_.pad;
     panel.step = call_.row_bytes / sizeof(Real);
@@ -298,7 +295,7 @@ class Pass {
 
   // The columns of one tile, from `first` on, of all rows that wait.
   void add_tile_columns(int64_t first, std::vector<double>& diagonal, Real* squares) {
-    const int64_t columns = std::min(call_.p - first, panels_[0].tile), rows = call_.N;
+    const int64_t columns = std::min(call_.p - first, panel_.tile), rows = call_.N;
     for (int64_t row = 0; row < rows; row += kGroup) {
       body_.add_residuals(group_at(row, rows, rows, first), columns, &diagonal[first], squares + row);
     }
@@ -326,7 +323,8 @@ class Pass {
   Order order_;
   bool as_they_lie_;            // whether the rows are the panel
   std::vector<Real> no_shift_;  // zeros [p] for rows that wait and are packed: their shifts are subtracted
-  std::vector<Panel> panels_;   // one, or one per thread
+  Panel panel_;                 // the one that threads share, or that of slot 0
+  size_t panel_bytes_ = 0;      // from the panel of one slot to that of the next
   std::vector<std::pair<int64_t, int64_t>> tiles_;
   std::vector<std::atomic<int64_t>> turns_;  // of each tile, the strip that is to be added next
   char* scratch_ = nullptr;                  // of scratch_bytes_ per thread

@@ -223,25 +223,20 @@ void multiply(const Panel& panel, int64_t I, int64_t J, bool anew, double* scatt
 
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
-  const ScatterBody& vectors = *scatter_body_avx512(dtype);
-  static const ScatterBody table = {
-      kPair,
-      2048,  // panel_rows
-      2048,  // least_rows
-      sizeof(float),
-      element,
-      tile,
-      kMostTile,  // least_tile
-      kMostTile,  // fused_columns
-      kFusedRows,
-      vectors.add_rows,
-      vectors.add_window,
-      vectors.move_row,
-      vectors.take_row,
-      pack<Feature>,
-      nullptr,  // add_residuals
-      multiply,
-  };
+  static const ScatterBody table = [dtype] {
+    ScatterBody body = *scatter_body_avx512(dtype);  // what makes no products stays as it is
+    body.pad = kPair;
+    body.panel_rows = body.least_rows = 2048;
+    body.scratch = sizeof(float);
+    body.element = element;
+    body.tile = tile;
+    body.least_tile = body.fused_columns = kMostTile;
+    body.fused_rows = kFusedRows;
+    body.pack = pack<Feature>;
+    body.add_residuals = nullptr;
+    body.multiply = multiply;
+    return body;
+  }();
   return &table;
 }
 

@@ -20,13 +20,9 @@ namespace {
 
 #include "cpu/class_scatter_bfloat16.h"
 
-constexpr int64_t kPanelRows = 1024;
-constexpr int64_t kTile = 192;
 constexpr int kColumns = 3, kLines = 8;  // of a register tile: pieces, and lines of the scatter
 
 size_t element(Precision) { return sizeof(uint16_t); }
-
-int64_t tile(int64_t) { return kTile; }
 
 template <class Feature>
 void pack(const Group& group, int64_t row, const Panel& panel, double* column_squares, void* squares) {
@@ -87,25 +83,16 @@ void multiply(const Panel& panel, int64_t I, int64_t J, bool, double* scatter, c
 
 template <class Feature>
 const ScatterBody* body(Dtype dtype) {
-  const ScatterBody& vectors = *scatter_body_avx512(dtype);
-  static const ScatterBody table = {
-      kSide,
-      kPanelRows,
-      kPanelRows / 4,  // least_rows
-      0,               // scratch
-      element,
-      tile,
-      kColumns * kSide,  // least_tile
-      0,                 // fused_columns
-      0,                 // fused_rows
-      vectors.add_rows,
-      vectors.add_window,
-      vectors.move_row,
-      vectors.take_row,
-      pack<Feature>,
-      nullptr,  // add_residuals
-      multiply,
-  };
+  static const ScatterBody table = [dtype] {
+    ScatterBody body = *scatter_body_avx512(dtype);  // what makes no products, and the sizes
+    body.pad = kSide;
+    body.element = element;
+    body.least_tile = kColumns * kSide;
+    body.pack = pack<Feature>;
+    body.add_residuals = nullptr;
+    body.multiply = multiply;
+    return body;
+  }();
   return &table;
 }
 
