@@ -31,6 +31,7 @@ namespace {
 #include "cpu/affine_argmax_vector.h"
 // After the vectors.
 #include "cpu/affine_argmax_integers.h"
+#include "cpu/float16_avx512.h"
 
 constexpr int kTile = 1024, kSide = 32;
 

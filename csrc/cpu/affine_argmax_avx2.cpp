@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cpu/affine_argmax.h"
+#include "cpu/intrinsics.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
@@ -15,6 +16,8 @@ namespace ncfast {
 namespace {
 
 #include "cpu/affine_argmax_vector.h"
+// After the vectors.
+#include "cpu/float16_avx2.h"
 
 }  // namespace
 

@@ -28,6 +28,7 @@ namespace {
 #include "cpu/affine_argmax_vector.h"
 // After the vectors.
 #include "cpu/affine_argmax_integers.h"
+#include "cpu/float16_avx512.h"
 
 using Sums = Vec<int32_t, 16>;
 

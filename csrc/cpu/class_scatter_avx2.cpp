@@ -14,11 +14,8 @@ namespace ncfast {
 namespace {
 
 #include "cpu/class_scatter_vector.h"
-
-template <>
-Vec<float, 8> widen<8>(const Vec<uint16_t, 8>& half, Float16) {
-  return same_bits<Vec<float, 8>>(_mm256_cvtph_ps(same_bits<__m128i>(half)));
-}
+// After the vectors.
+#include "cpu/float16_avx2.h"
 
 }  // namespace
 

@@ -14,11 +14,8 @@ namespace ncfast {
 namespace {
 
 #include "cpu/class_scatter_vector.h"
-
-template <>
-Vec<float, 16> widen<16>(const Vec<uint16_t, 16>& half, Float16) {
-  return same_bits<Vec<float, 16>>(_mm512_cvtph_ps(same_bits<__m256i>(half)));
-}
+// After the vectors.
+#include "cpu/float16_avx512.h"
 
 }  // namespace
 
