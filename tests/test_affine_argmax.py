@@ -1,5 +1,6 @@
 """affine_argmax on every backend, against the decision in exact arithmetic."""
 
+import contextlib
 from fractions import Fraction
 
 import backends
@@ -25,6 +26,19 @@ def _forced_isa(isa, monkeypatch):
         assert _cpu.isa("affine_argmax") == isa
 
 
+@contextlib.contextmanager
+def denormals_flushed():
+    """On the calling thread, which is then the only one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+
+
 def exact(features, weight, bias):
     """argmax_c ⟨v_c, h⟩ + b_c in rational arithmetic, the lowest index on ties."""
     rows = [[Fraction(x) for x in row] for row in features.double().tolist()]
@@ -48,10 +62,22 @@ def assert_decides(backend, features, weight, bias=None):
     assert torch.equal(decided, expected)
 
 
-# 1: no sum, no choice; 15, 16, 17 and 31, 33: around the lanes and tiles; 64 × 70: several of them; C above
-# and below p.
+# 1: no sum, no choice; 15, 16, 17 and 31, 33: around the lanes and tiles; 64 × 70: several of them; 20, 58
+# and 70 classes: a last tile of fewer vectors; C above and below p.
 @pytest.mark.parametrize(
-    ("N", "p", "C"), [(1, 1, 1), (5, 3, 1), (3, 1, 7), (17, 15, 16), (16, 17, 33), (33, 31, 5), (64, 70, 40)]
+    ("N", "p", "C"),
+    [
+        (1, 1, 1),
+        (5, 3, 1),
+        (3, 1, 7),
+        (17, 15, 16),
+        (16, 17, 33),
+        (33, 31, 5),
+        (64, 70, 40),
+        (18, 6, 20),
+        (23, 9, 58),
+        (31, 18, 70),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_shapes_and_dtypes(backend, N, p, C, dtype):
@@ -103,7 +129,10 @@ def test_roundings_of_one_sign(backend):
     sums, single = torch.full((513,), 2.0**-13), torch.zeros(513)
     row[0], sums[0], single[0] = 1, 1, 1 + 2.0**-17  # scores 1 + 2⁻¹⁶ and 1 + 2⁻¹⁷
     # With their opposites, so that centring changes nothing.
-    assert_decides(backend, torch.stack([row, -row]), torch.stack([single, sums, -single, -sums]))
+    rows, weight = torch.stack([row, -row]), torch.stack([single, sums, -single, -sums])
+    assert_decides(backend, rows, weight)
+    with denormals_flushed():
+        assert_decides(backend, 2.0**-64 * rows, weight)  # norms vanish, scores do not
 
 
 def test_ties_that_centring_would_break(backend):
@@ -192,6 +221,8 @@ def test_integers_rounded_to_one_side(backend, most):
         weight = torch.stack([first, second, -first, -second])
         with backends.forced("affine_argmax", backend):
             assert ncfast.affine_argmax(features, weight).tolist() == [0, 2]
+            # What is lost has squares beyond float32.
+            assert ncfast.affine_argmax(2.0**-64 * features, weight).tolist() == [0, 2]
             many = ncfast.affine_argmax(features.repeat(2100, 1), torch.cat([weight, torch.zeros(256, 17)]))
         assert torch.equal(many, torch.tensor([0, 2]).repeat(2100))
 
@@ -212,14 +243,8 @@ def test_scales_whose_product_a_thread_takes_for_zero(backend):
     """Scores of 2⁻⁹⁶ from numbers whose scales as 16-bit integers are 2⁻⁶³ each, beside a bias of 2⁻⁹⁸."""
     rows = torch.full((2, 16), 2.0**-50)
     rows[1] *= -1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    try:
+    with denormals_flushed():
         assert_decides(backend, rows, rows, torch.tensor([0, 2.0**-98]))
-    finally:
-        torch.set_flush_denormal(False)
-        torch.set_num_threads(threads)
 
 
 # Shapes whose rows a matrix-vector product of a BLAS adds up in more than one order.
@@ -265,22 +290,28 @@ def test_exact_ties_of_centers(backend):
 
 
 @pytest.mark.parametrize(
-    ("p", "scale", "dtype"),  # around a tile of 8-bit numbers
+    (
+        "C",
+        "p",
+        "scale",
+        "dtype",
+    ),  # around a tile of 8-bit numbers; the last of 1 to 3 vectors
     [
-        (63, 1.0, torch.float32),
-        (64, 1e12, torch.bfloat16),
-        (65, 1e-12, torch.float64),
-        (200, 1e-3, torch.float32),
+        (260, 63, 1.0, torch.float32),
+        (300, 64, 1e12, torch.bfloat16),
+        (270, 65, 1e-12, torch.float64),
+        (260, 200, 1e-3, torch.float32),
+        (10, 64, 1e-2, torch.float16),
     ],
 )
-def test_hard_rows_among_easy_ones(backend, p, scale, dtype):
+def test_hard_rows_among_easy_ones(backend, C, p, scale, dtype):
     """So many easy rows and classes that a coarse level is worth it, which the others must not be left to.
 
     Near ties of relative size 1e-6 to 1e-1, rows of which a single entry sets the scale, far rows, and rows
     that are no numbers.
     """
     generator = torch.Generator().manual_seed(p)
-    N, C = 4200, 260
+    N = 4200
     means = 10 * torch.randn(C, p, generator=generator, dtype=torch.float64)
     y = torch.randint(0, C, (N,), generator=generator)
     features = means[y] + torch.randn(N, p, generator=generator, dtype=torch.float64)

@@ -35,12 +35,12 @@ struct PackedRule {
         panel(allocate<char>(classes * body.bytes(p, level))),
         scale(classes),
         bias(classes, -std::numeric_limits<float>::infinity()) {
-    const int64_t tasks = classes / body.classes;
+    const int64_t tasks = (classes + body.group - 1) / body.group;
     std::vector<Norms> norms(tasks);
     parallel_for(threads, tasks, [&](int64_t task, int) {
-      const int64_t first = task * body.classes;
+      const int64_t first = task * body.group, count = std::min<int64_t>(body.group, classes - first);
       const Operand out = {panel.get() + first * body.bytes(p, level), scale.data() + first};
-      body.pack_rule(rule.weight, rule.C, p, level, first, out, &norms[task]);
+      body.pack_rule(rule.weight, rule.C, p, level, first, count, out, &norms[task]);
     });
     for (const Norms& n : norms) keep_larger(&largest, n);
     constexpr double kLost = 0x1p-537;  // the root of the least square: what the norms may have lost a number

@@ -77,16 +77,17 @@ struct Operand {
 };
 
 // What an instruction set contributes. Classes are padded to a multiple of `classes`, with weight 0 and bias
-// -infinity; rows of a block to a multiple of `rows`, with zeros.
+// -infinity, and packed in groups of `group`, the last of which may have fewer; rows of a block are padded to
+// a multiple of `rows`, with zeros.
 struct ArgmaxBody {
   int levels;
   int64_t coarse_columns;  // up to which level 0 is one for wide margins; 0: it never is
   int64_t coarse_classes;  // of all rules, from which on it pays
-  int rows, classes;
+  int rows, classes, group;
   size_t (*bytes)(int64_t p, int level);  // of a packed row or class
   double (*depth)(int64_t p, int level);
-  void (*pack_rule)(const double* weight, int64_t C, int64_t p, int level, int64_t first, Operand panel,
-                    Norms* norms);  // the `classes` classes from `first`
+  void (*pack_rule)(const double* weight, int64_t C, int64_t p, int level, int64_t first, int64_t count,
+                    Operand panel, Norms* norms);  // the group of `count` classes from `first`
   void (*pack_row)(const char* features, const float* middle, int64_t p, int level, int64_t row,
                    Operand block, Norms* norms);  // features null: a row of zeros
   void (*score)(Operand block, int64_t rows, Operand panel, const float* bias, int64_t classes, int64_t p,

@@ -72,8 +72,8 @@ struct TileArgmax {
     return level ? 2 * (18 + static_cast<double>(steps(p, level)) * (level == 2 ? 3 : 1)) : kDepthOfIntegers;
   }
 
-  static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, Operand panel,
-                        Norms* norms) {
+  static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, int64_t,
+                        Operand panel, Norms* norms) {
     *norms = {0, 0, 0};
     for (int64_t c = 0; c < kSide; c++) {
       const double* row = first + c < C ? weight + (first + c) * p : nullptr;
@@ -272,8 +272,21 @@ struct TileArgmax {
   static const ArgmaxBody* body() {
     // Up to 256 classes 8-bit integers gain nothing.
     static const ArgmaxBody table = {
-        3,       kMostOf8Bits,      257,           kSide, kSide, bytes, depth, pack_rule, pack_row, score,
-        scratch, Float::candidates, Float::product};
+        3,             // levels
+        kMostOf8Bits,  // coarse_columns
+        257,           // coarse_classes
+        kSide,         // rows
+        kSide,         // classes
+        kSide,         // group
+        bytes,
+        depth,
+        pack_rule,
+        pack_row,
+        score,
+        scratch,
+        Float::candidates,
+        Float::product,
+    };
     return &table;
   }
 };

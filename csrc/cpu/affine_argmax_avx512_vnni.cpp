@@ -1,11 +1,11 @@
 // affine_argmax on AVX-512 with its products of integers: level 0 scores 8-bit numbers, four products a lane,
 // level 1 16-bit ones, two a lane, level 2 float32 as without them.
 //
-// Block: rows of integers, row-major. Panel: per group of 48 classes what their sums begin with, then their
-// columns in words of 4 or 2. VPDPBUSD multiplies unsigned numbers with signed ones: rows have 128 added, and
-// a sum begins with -128 times the sum of its class. Additions are modulo 2^32, so that only what comes out
-// must fit. 8 rows x 48 classes are accumulated in registers over all columns, exactly; then they are scaled
-// and get their bias.
+// Block: rows of integers, row-major. Panel: per group of 48 or fewer classes what their sums begin with,
+// then their columns in words of 4 or 2. VPDPBUSD multiplies unsigned numbers with signed ones: rows have 128
+// added, and a sum begins with -128 times the sum of its class. Additions are modulo 2^32, so that only what
+// comes out must fit. 8 rows x 48 classes are accumulated in registers over all columns, exactly; then they
+// are scaled and get their bias.
 #if defined(__x86_64__)
 
 #include <algorithm>
@@ -49,7 +49,7 @@ struct IntegerArgmax {
   static constexpr int kVectors = 3, kRows = 8;
   using Float = FloatArgmax<Feature, 16, kVectors, kRows>;
   using Lanes = typename Float::Lanes;
-  static constexpr int64_t kClasses = Float::kClasses, kWord = sizeof(int32_t);
+  static constexpr int64_t kWord = sizeof(int32_t);
 
   template <class Integer>
   static int64_t words(int64_t columns) {
@@ -64,27 +64,28 @@ struct IntegerArgmax {
 
   static double depth(int64_t p, int level) { return level < 2 ? kDepthOfIntegers : Float::depth(p, level); }
 
-  static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, Operand panel,
-                        Norms* norms) {
-    if (level == 2) return Float::pack_rule(weight, C, p, level, first, panel, norms);
+  static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, int64_t count,
+                        Operand panel, Norms* norms) {
+    if (level == 2) return Float::pack_rule(weight, C, p, level, first, count, panel, norms);
     *norms = {0, 0, 0};
-    for (int64_t c = 0; c < kClasses; c++) {
+    for (int64_t c = 0; c < count; c++) {
       const double* row = first + c < C ? weight + (first + c) * p : nullptr;
       char* out = panel.numbers + c * kWord;
-      keep_larger(norms, level ? pack_class<int16_t>(row, p, out, panel.scale + c)
-                               : pack_class<int8_t>(row, p, out, panel.scale + c));
+      keep_larger(norms, level ? pack_class<int16_t>(row, p, count * kWord, out, panel.scale + c)
+                               : pack_class<int8_t>(row, p, count * kWord, out, panel.scale + c));
     }
   }
 
+  // Into the words `step` bytes apart from `out` on.
   template <class Integer>
-  static Norms pack_class(const double* row, int64_t p, char* out, float* scale) {
+  static Norms pack_class(const double* row, int64_t p, int64_t step, char* out, float* scale) {
     __m128i shift = _mm_setzero_si128();  // products with 128
     const auto store = [&](int64_t j, __m128i numbers) {
-      char* at = out + (1 + words<Integer>(j)) * kClasses * kWord;
+      char* at = out + (1 + words<Integer>(j)) * step;
       char eight[16];
       _mm_storeu_si128(reinterpret_cast<__m128i*>(eight), numbers);
       for (int64_t w = 0; w < words<Integer>(8); w++) {
-        std::memcpy(at + w * kClasses * kWord, eight + w * kWord, kWord);
+        std::memcpy(at + w * step, eight + w * kWord, kWord);
       }
       if constexpr (sizeof(Integer) == 1) shift = _mm_dpbusd_epi32(shift, _mm_set1_epi8(-128), numbers);
     };
@@ -114,36 +115,36 @@ struct IntegerArgmax {
     *norms = squares.norms(p, false);
   }
 
-  // Scores of kRows rows and kClasses classes, into the rows' best two.
-  template <class Integer>
+  // Scores of kRows rows and some vectors of classes, into the rows' best two.
+  template <class Integer, int Vectors>
   [[gnu::noinline]] static void tile(const char* block, const float* row_scale, int64_t stride,
                                      const char* panel, const float* class_scale, const float* bias,
                                      int64_t steps, int32_t first, Lanes* lanes) {
     using V = Vec<float, 16>;
-    Sums total[kRows][kVectors];
-    for (int a = 0; a < kVectors; a++) {
+    Sums total[kRows][Vectors];
+    for (int a = 0; a < Vectors; a++) {
       Sums start;
       std::memcpy(&start, panel + a * sizeof start, sizeof start);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) total[r][a] = start;
     }
     for (int64_t w = 0; w < steps; w++) {
-      panel += kClasses * kWord;
-      Sums classes[kVectors];
+      panel += sizeof(Sums[Vectors]);
+      Sums classes[Vectors];
 #pragma GCC unroll 3
-      for (int a = 0; a < kVectors; a++) std::memcpy(&classes[a], panel + a * sizeof(Sums), sizeof(Sums));
+      for (int a = 0; a < Vectors; a++) std::memcpy(&classes[a], panel + a * sizeof(Sums), sizeof(Sums));
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
         int32_t word;
         std::memcpy(&word, block + r * stride + w * kWord, sizeof word);
         const Sums row = Sums{} + word;
 #pragma GCC unroll 3
-        for (int a = 0; a < kVectors; a++) {
+        for (int a = 0; a < Vectors; a++) {
           total[r][a] = add_products<Integer>(total[r][a], row, classes[a]);
         }
       }
     }
-    V scale[kVectors], added[kVectors];
+    V scale[Vectors], added[Vectors];
     std::memcpy(scale, class_scale, sizeof scale);
     std::memcpy(added, bias, sizeof added);
     const Sums index = Float::indices(first);
@@ -151,7 +152,7 @@ struct IntegerArgmax {
     for (int r = 0; r < kRows; r++) {
       Lanes best = lanes[r];
 #pragma GCC unroll 3
-      for (int a = 0; a < kVectors; a++) {
+      for (int a = 0; a < Vectors; a++) {
         Float::update(best, scaled(total[r][a], scale[a], row_scale[r], added[a]), index + a * 16);
       }
       lanes[r] = best;
@@ -168,16 +169,29 @@ struct IntegerArgmax {
   template <class Integer>
   static void score_integers(Operand block, int64_t rows, Operand panel, const float* bias, int64_t classes,
                              int64_t p, int64_t stride, char* scratch, TopTwo* top) {
-    Float::for_tiles(rows, classes, scratch, top, [&](int64_t i, int64_t c, Lanes* lanes) {
-      tile<Integer>(block.numbers + i * stride, block.scale + i, stride, panel.numbers + c * stride,
-                    panel.scale + c, bias + c, words<Integer>(p), static_cast<int32_t>(c), lanes);
+    Float::for_tiles(rows, classes, scratch, top, [&](auto vectors, int64_t i, int64_t c, Lanes* lanes) {
+      tile<Integer, vectors>(block.numbers + i * stride, block.scale + i, stride, panel.numbers + c * stride,
+                             panel.scale + c, bias + c, words<Integer>(p), static_cast<int32_t>(c), lanes);
     });
   }
 
   static const ArgmaxBody* body() {
     static const ArgmaxBody table = {
-        3,         kMostOf8Bits, 2,     kRows,          kClasses,          bytes,         depth,
-        pack_rule, pack_row,     score, Float::scratch, Float::candidates, Float::product};
+        3,                // levels
+        kMostOf8Bits,     // coarse_columns
+        2,                // coarse_classes
+        kRows,            // rows
+        16,               // classes
+        Float::kClasses,  // group
+        bytes,
+        depth,
+        pack_rule,
+        pack_row,
+        score,
+        Float::scratch,
+        Float::candidates,
+        Float::product,
+    };
     return &table;
   }
 };

@@ -6,8 +6,8 @@ struct Squares {
   __m512 all, residual, low;
 
   static double norm(__m512 squares, int64_t p) {
-    const double lost = std::sqrt(static_cast<double>(p)) * 0x1p-62;  // in squares that underflowed
-    return std::sqrt(static_cast<double>(_mm512_reduce_add_ps(squares))) * (1 + (p + 256) * 0x1p-27) + lost;
+    const double lost = static_cast<double>(p) * 0x1p-124;  // squares that underflowed
+    return std::sqrt(_mm512_reduce_add_ps(squares) + lost) * (1 + (p + 256) * 0x1p-27);
   }
 
   Norms norms(int64_t p, bool has_low) const {

@@ -1,7 +1,7 @@
 // The bodies of affine_argmax that score in float32 with vector FMAs, once for every vector width. Included
 // like class_scatter_vector.h, which it brings along for its vectors and loads.
 //
-// Block: rows of float32, row-major. Panel: per group of A vectors of classes, [p][A * W].
+// Block: rows of float32, row-major. Panel: per group of A or fewer vectors of classes, [p][vectors * W].
 
 #include "cpu/class_scatter_vector.h"
 
@@ -34,8 +34,8 @@ inline double centre(const char* features, const float* middle, int64_t p, float
   }
   // Of p / W + W additions; and of squares that underflowed.
   const double rounded = 1 + (static_cast<double>(p) / W + W + 2) * 0x1p-24;
-  const double lost = std::sqrt(static_cast<double>(p)) * 0x1p-62;
-  return std::sqrt(static_cast<double>(sum<float, W>(squares))) * rounded + lost;
+  const double lost = static_cast<double>(p) * 0x1p-124;
+  return std::sqrt(sum<float, W>(squares) + lost) * rounded;
 }
 
 template <class Feature, int W, int A, int R>
@@ -49,16 +49,16 @@ struct FloatArgmax {
   // A score is one chain of p FMAs that begins with the bias.
   static double depth(int64_t p, int) { return static_cast<double>(p) + 2; }
 
-  static void pack_rule(const double* weight, int64_t C, int64_t p, int, int64_t first, Operand panel,
-                        Norms* norms) {
+  static void pack_rule(const double* weight, int64_t C, int64_t p, int, int64_t first, int64_t count,
+                        Operand panel, Norms* norms) {
     float* out = reinterpret_cast<float*>(panel.numbers);
     *norms = {0, 0, 0};
-    for (int64_t c = 0; c < kClasses; c++) {
+    for (int64_t c = 0; c < count; c++) {
       double seen = 0, residual = 0;
       for (int64_t j = 0; j < p; j++) {
         const double exact = first + c < C ? weight[(first + c) * p + j] : 0;
         const float rounded = static_cast<float>(exact);
-        out[j * kClasses + c] = rounded;
+        out[j * count + c] = rounded;
         seen += static_cast<double>(rounded) * rounded;
         residual += (exact - rounded) * (exact - rounded);
       }
@@ -75,7 +75,7 @@ struct FloatArgmax {
     }
     const double norm = centre<Feature, W>(features, middle, p, out);
     // A denormal is rounded absolutely.
-    *norms = {norm, kRounded * norm + std::sqrt(static_cast<double>(p)) * 0x1p-126, 0};
+    *norms = {norm, kRounded * norm + static_cast<double>(p) * 0x1p-126, 0};
   }
 
   static size_t scratch(int64_t rows) { return static_cast<size_t>(rows) * 3 * sizeof(V); }
@@ -87,27 +87,28 @@ struct FloatArgmax {
   };
 
   // A function of its own: inlined, GCC 12 keeps the sums in memory, and AVX2 takes twice as long.
+  template <int Vectors>
   [[gnu::noinline]] static void tile(const float* block, int64_t p, const float* panel, const float* bias,
                                      int32_t first, Lanes* lanes) {
-    V total[R][A];
-    for (int a = 0; a < A; a++) {
+    V total[R][Vectors];
+    for (int a = 0; a < Vectors; a++) {
       V start;
       std::memcpy(&start, bias + a * W, sizeof start);
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) total[r][a] = start;
     }
     for (int64_t j = 0; j < p; j++) {
-      V v[A];
+      V v[Vectors];
 #pragma GCC unroll 4
-      for (int a = 0; a < A; a++) std::memcpy(&v[a], panel + j * kClasses + a * W, sizeof(V));
+      for (int a = 0; a < Vectors; a++) std::memcpy(&v[a], panel + (j * Vectors + a) * W, sizeof(V));
 #pragma GCC unroll 16
       for (int r = 0; r < R; r++) {
         const float factor = block[r * p + j];
 #pragma GCC unroll 4
-        for (int a = 0; a < A; a++) total[r][a] += v[a] * factor;
+        for (int a = 0; a < Vectors; a++) total[r][a] += v[a] * factor;
       }
     }
-    for (int a = 0; a < A; a++) {
+    for (int a = 0; a < Vectors; a++) {
       const I index = indices(first + a * W);
       for (int r = 0; r < R; r++) update(lanes[r], total[r][a], index);
     }
@@ -131,35 +132,50 @@ struct FloatArgmax {
                     int, char* scratch, TopTwo* top) {
     const float* data = reinterpret_cast<const float*>(block.numbers);
     const float* rule = reinterpret_cast<const float*>(panel.numbers);
-    for_tiles(rows, classes, scratch, top, [&](int64_t i, int64_t c, Lanes* lanes) {
-      tile(data + i * p, p, rule + c * p, bias + c, static_cast<int32_t>(c), lanes);
+    for_tiles(rows, classes, scratch, top, [&](auto vectors, int64_t i, int64_t c, Lanes* lanes) {
+      tile<vectors>(data + i * p, p, rule + c * p, bias + c, static_cast<int32_t>(c), lanes);
     });
   }
 
-  // run(i, c, lanes) for R rows from i on and kClasses classes from c on, and then the best two of each row.
+  // run(vectors, i, c, lanes) for R rows from i on and as many vectors of classes from c on, and then the
+  // best two of each row.
   template <class Run>
   static void for_tiles(int64_t rows, int64_t classes, char* scratch, TopTwo* top, const Run& run) {
     Lanes* lanes = reinterpret_cast<Lanes*>(scratch);
     const V nothing = V{} - __builtin_inff();
     for (int64_t i = 0; i < rows; i++) lanes[i] = {nothing, nothing, I{}};
-    for (int64_t c = 0; c < classes; c += kClasses) {
-      for (int64_t i = 0; i < rows; i += R) run(i, c, lanes + i);
+    const auto for_rows = [&](auto vectors, int64_t c) {
+      for (int64_t i = 0; i < rows; i += R) run(vectors, i, c, lanes + i);
+    };
+    int64_t c = 0;
+    for (; c + kClasses <= classes; c += kClasses) for_rows(std::integral_constant<int, A>(), c);
+    static_assert(A <= 3);
+    if constexpr (A > 2) {
+      if (c + 2 * W <= classes) for_rows(std::integral_constant<int, 2>(), c), c += 2 * W;
     }
+    if (c < classes) for_rows(std::integral_constant<int, 1>(), c);
     for (int64_t i = 0; i < rows; i++) top[i] = reduce(lanes[i]);
   }
 
-  static TopTwo reduce(const Lanes& lanes) {
-    TopTwo top = {lanes.best[0], lanes.second[0], lanes.index[0]};
-    for (int i = 1; i < W; i++) {
-      if (lanes.best[i] > top.best) {
-        top.second = top.best > lanes.second[i] ? top.best : lanes.second[i];
-        top.best = lanes.best[i];
-        top.index = lanes.index[i];
-      } else if (lanes.best[i] > top.second) {
-        top.second = lanes.best[i];
-      }
+  static TopTwo reduce(const Lanes& lanes) { return reduce<W>(lanes.best, lanes.second, lanes.index); }
+
+  // Halves are merged until one lane is left.
+  template <int N>
+  [[gnu::always_inline]] static TopTwo reduce(const Vec<float, N>& best, const Vec<float, N>& second,
+                                              const Vec<int32_t, N>& index) {
+    if constexpr (N == 1) {
+      return {best[0], second[0], index[0]};
+    } else {
+      using Half = Vec<float, N / 2>;
+      Half b[2], s[2];
+      Vec<int32_t, N / 2> k[2];
+      std::memcpy(b, &best, sizeof b);
+      std::memcpy(s, &second, sizeof s);
+      std::memcpy(k, &index, sizeof k);
+      const Vec<int32_t, N / 2> better = b[1] > b[0];
+      const Half loser = better ? b[0] : b[1], larger = s[1] > s[0] ? s[1] : s[0];
+      return reduce<N / 2>(better ? b[1] : b[0], loser > larger ? loser : larger, better ? k[1] : k[0]);
     }
-    return top;
   }
 
   static int candidates(const char* scratch, int64_t row, float threshold, int32_t* classes) {
@@ -187,8 +203,15 @@ struct FloatArgmax {
   }
 
   static const ArgmaxBody* body() {
-    static const ArgmaxBody table = {1,         0,        0,     R,       kClasses,   bytes,  depth,
-                                     pack_rule, pack_row, score, scratch, candidates, product};
+    static const ArgmaxBody table = {
+        1,         // levels
+        0,         // coarse_columns
+        0,         // coarse_classes
+        R,         // rows
+        W,         // classes
+        kClasses,  // group
+        bytes,    depth, pack_rule, pack_row, score, scratch, candidates, product,
+    };
     return &table;
   }
 };
