@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 
+from ncfast.ops.class_scatter import check_in_memory
 from ncfast.ops.pair_geometry import PairGeometry, etf_error, pair_geometry
 from ncfast.statistics import ClassStatistics, weighted_mean
 
@@ -240,6 +241,7 @@ def check_classifier(
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} but the features are on {device}")
+        check_in_memory(tensor, name)
     if device.type == "cpu":
         _check_finite(weight, bias)
 
@@ -258,18 +260,19 @@ def _nc1_by_solving(stats: ClassStatistics, centred: torch.Tensor, weights: torc
     C, p = centred.shape
     frame = centred / math.sqrt(C)  # Σ_B = frameᵀ frame
     if p >= C:
-        # G = frame frameᵀ, G w = 0 and Y = G† frame give Σ_B† = Yᵀ Y.
+        # M = frame frameᵀ + w wᵀ, where frameᵀ w = 0: Y = M⁻¹ frame gives Σ_B† = Yᵀ Y.
         matrix = frame @ frame.T
         w = weights.double() / weights.double().norm()
-        factor, failed = torch.linalg.cholesky_ex(matrix + matrix.trace() / C * torch.outer(w, w))
-        root = torch.cholesky_solve(frame, factor).T  # [p, C]
+        matrix += matrix.trace() / C * torch.outer(w, w)
     else:
-        # Σ_B = L Lᵀ gives Σ_B⁻¹ = L⁻ᵀ L⁻¹.
         matrix = frame.T @ frame
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        identity = torch.eye(p, dtype=factor.dtype, device=factor.device)
-        root = torch.linalg.solve_triangular(factor, identity, upper=False).T
-    condition = root.square().sum() * matrix.norm()  # no less: 1/λ_min ≤ Tr Σ_B† = ‖root‖²
+    factor, failed = torch.linalg.cholesky_ex(matrix)  # M = L Lᵀ, M⁻¹ = L⁻ᵀ L⁻¹
+    identity = torch.eye(len(matrix), dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    root = torch.cholesky_solve(frame, factor).T if p >= C else inverse.T  # [p, min(C, p)]
+    # No less than the condition number: 1/λ_min ≤ Tr M⁻¹ = ‖L⁻¹‖². (‖root‖² says nothing of a λ_min that is
+    # rounding alone: the frame hardly has that direction.)
+    condition = inverse.square().sum() * matrix.norm()
     nc1 = stats.within_quadratic(root).sum() / C
     return torch.where((failed == 0) & (condition < 2.0**26), nc1, torch.nan)
 

@@ -276,3 +276,22 @@ def test_the_report_is_readable_and_json_safe():
     assert f"{report.nc1:.6g}" in lines[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.nc1 = 0.0
+
+
+@pytest.mark.parametrize(
+    ("C", "p", "rank"), [(10, 64, 8), (10, 64, 4), (20, 64, 18), (20, 8, 4), (100, 256, 98)]
+)
+@pytest.mark.parametrize("way", ["dead units", "bottleneck"])
+def test_nc1_of_means_of_lower_rank(C, p, rank, way):
+    """The same as without the directions that are not there; rounding alone makes those of the means."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.arange(10 * C) % C
+        h = torch.randn(C, rank, generator=generator, dtype=torch.float64)[y]
+        h += 0.1 * torch.randn(h.shape, generator=generator, dtype=torch.float64)
+        frame = torch.eye(rank, p, dtype=torch.float64)
+        if way == "bottleneck":  # orthonormal rows leave NC1 as it is
+            frame = torch.linalg.qr(torch.randn(p, rank, generator=generator, dtype=torch.float64))[0].T
+        nc1 = ncfast.measure(h, y).nc1
+        assert ncfast.measure(h @ frame, y).nc1 == pytest.approx(nc1, rel=1e-8)
+        assert ncfast.measure((h @ frame).float(), y, precision="highest").nc1 == pytest.approx(nc1, rel=1e-5)
