@@ -64,7 +64,8 @@ def _read_npz(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
         with np.load(path, allow_pickle=False) as loaded:
-            return {member.filename.removesuffix(".npy"): _member(path, member, loaded) for member in members}
+            arrays = [member for member in members if member.filename.endswith(".npy")]
+            return {member.filename.removesuffix(".npy"): _member(path, member, loaded) for member in arrays}
     except _NUMPY_DAMAGE:
         raise ValueError(f"{path} is no .npz file of numbers, or is damaged") from None
 

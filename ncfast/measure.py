@@ -11,6 +11,9 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ncfast.collapse import CollapseReport, check_classifier, check_global_mean, collapse_and_distances
 from ncfast.ops import dispatch
@@ -18,6 +21,7 @@ from ncfast.ops.affine_argmax import affine_argmax, center_rule
 from ncfast.ops.certify import certify
 from ncfast.ops.class_scatter import (
     check_features,
+    check_ignore_index,
     check_label_range,
     check_labels,
     class_scatter,
@@ -90,11 +94,16 @@ def measure(
     check_global_mean(global_mean)
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    ignore_index = check_ignore_index(ignore_index)
     if test is not None and weight is None:
         raise ValueError("test data were given without weight: nothing is measured on them")
+    if test is not None and (not isinstance(test, Sequence) or len(test) != 2):
+        raise TypeError("test must be a pair (features, labels)")
     h, y = _labelled(features, labels, "features", "labels")
     W = None if weight is None else as_tensor(weight, "weight")
     b = None if bias is None else as_tensor(bias, "bias")
+    if W is not None and W.ndim != 2:
+        raise ValueError(f"weight must have shape [C, {h.shape[1]}], got {list(W.shape)}")
     if num_classes is None:
         num_classes = _inferred_classes(y, ignore_index) if W is None else len(W)
     check_classifier(W, b, num_classes, h.shape[1], h.device)
@@ -487,16 +496,35 @@ def find_head(model: torch.nn.Module, head: torch.nn.Module | None = None) -> to
         if not linear:
             raise ValueError("the model has no torch.nn.Linear; pass head=")
         return linear[-1]
-    weight = getattr(head, "weight", None)
+    with _evaluating(head):
+        weight = getattr(head, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         raise TypeError(f"head must be a module with a weight [C, p], got {type(head).__name__}")
     return head
 
 
 def classifier_of(head: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Its weight [C, p] and, if it has one, its bias [C], detached."""
-    weight, bias = cast(torch.Tensor, head.weight), getattr(head, "bias", None)
-    return weight.detach(), None if bias is None else bias.detach()
+    """Its weight [C, p] and, if it has one, its bias [C], detached, and whole where they are DTensors.
+
+    As of now, also where a hook makes them before every forward pass (weight_norm, spectral_norm, pruning).
+    The head is left as it was.
+    """
+    found = vars(head).copy()
+    try:
+        with _evaluating(head), torch.no_grad():
+            for hook in head._forward_pre_hooks.values():
+                if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                    hook(head, ())
+            weight, bias = cast(torch.Tensor, head.weight), getattr(head, "bias", None)
+            return _whole(weight), None if bias is None else _whole(bias)
+    finally:
+        vars(head).update(found)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Detached; of a DTensor all of it, for which the ranks that share it have to meet."""
+    full = getattr(tensor, "full_tensor", None)
+    return (tensor if full is None else full()).detach()
 
 
 def _local(model: torch.nn.Module) -> torch.nn.Module:
@@ -508,26 +536,40 @@ def _local(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def flattened(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [..., p] as [N, p], and labels [...] or [N] as [N]; axes of length 1 do not matter."""
+    ours, theirs = ([n for n in shape if n != 1] for shape in (features.shape[:-1], labels.shape))
+    if len(theirs) > 1 and ours != theirs:
+        raise ValueError(f"labels must have shape {list(features.shape[:-1])}, got {list(labels.shape)}")
+    return features.reshape(-1, features.shape[-1]), labels.reshape(-1)
+
+
 def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """What a head was called with: its one argument, by position or by name."""
     return next(iter((*args, *kwargs.values())))
 
 
 @contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode; every module's own training flag is put back."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, nothing compiled; every module's own training flag is put back."""
+    """Eval mode without gradients, nothing compiled."""
     # What torch.compile made earlier does not see a hook added since. Where nothing was compiled, Dynamo is
     # not imported for it: that takes seconds.
     compiled = "torch._dynamo" in sys.modules
     eagerly = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), eagerly:
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with _evaluating(model), torch.no_grad(), eagerly:
+        yield
 
 
 @contextlib.contextmanager
@@ -535,10 +577,14 @@ def _captured(
     model: torch.nn.Module, head: torch.nn.Module, device: torch.device
 ) -> Iterator[Callable[[Any], tuple[torch.Tensor, torch.Tensor]]]:
     """Yield a function from a batch to (features [N, p], labels [N]), the features entering `head`."""
-    captured: list[torch.Tensor] = []
+    captured: list[tuple[torch.Tensor, int]] = []
+
+    def version(features: torch.Tensor) -> int:
+        return 0 if features.is_inference() else features._version
 
     def capture(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.append(entered(args, kwargs).detach())
+        features = entered(args, kwargs).detach()
+        captured.append((features, version(features)))
 
     hook = head.register_forward_pre_hook(capture, with_kwargs=True)
 
@@ -557,8 +603,10 @@ def _captured(
             raise ValueError(
                 f"head must be called once per forward pass, but was called {len(captured)} times"
             )
-        features = captured[0].reshape(-1, captured[0].shape[-1])
-        labels = labels.reshape(-1)
+        features, then = captured[0]
+        if version(features) != then:
+            raise ValueError("the model overwrites what entered its head: nothing is left to measure")
+        features, labels = flattened(features, labels)
         check_labels(labels, features)
         return features, labels.long()
 

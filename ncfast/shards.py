@@ -114,6 +114,13 @@ def _pieces(shard: Path, features: str, labels: str) -> Iterator[tuple[torch.Ten
     yield from zip(h.split(rows), y.split(rows), strict=True)
 
 
+def _is_list_of_numbers(kind: Any) -> bool:
+    from pyarrow import types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return is_list and (types.is_floating(kind.value_type) or types.is_integer(kind.value_type))
+
+
 def _parquet_pieces(shard: Path, features: str, labels: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     if importlib.util.find_spec("pyarrow") is None:
         raise ImportError("reading .parquet needs pyarrow (pip install pyarrow)")
@@ -132,7 +139,7 @@ def _parquet_pieces(shard: Path, features: str, labels: str) -> Iterator[tuple[t
                 )
         for batch in file.iter_batches(_PARQUET_ROWS, columns=[features, labels]):
             column, y = batch.column(features), batch.column(labels)
-            if not pyarrow.types.is_nested(column.type):
+            if not _is_list_of_numbers(column.type):
                 raise TypeError(f"column {features!r} must hold lists of numbers, got {column.type}")
             values = column.flatten()
             if column.null_count or values.null_count or y.null_count or len(values) % len(column):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,8 @@ from ncfast.ops.class_scatter import (
     admit,
     as_stored,
     check_features,
+    check_ignore_index,
+    check_in_memory,
     check_label_range,
     check_labels,
     far_shifts,
@@ -60,10 +63,14 @@ class ClassStatistics:
         nonfinite: "error" raises for a row with a NaN or an infinity; "skip" leaves it out and counts it.
         device: where the state lives; the features must be there too.
         shift: [C, p] floating point, to start from instead of the first features; a row of NaN is still to be
-            chosen.
+            chosen, any other must be finite.
+
+    `counts`, `shift`, `sums`, `sumsq` and `scatter` are the state itself: clone what is to be kept, or sent
+    to another process by torch.multiprocessing, which shares tensors. All other properties are new.
+    Threads may update and read one object at once, and wait for each other.
 
     Raises:
-        ValueError: for a number below 1 or an unknown option.
+        TypeError, ValueError: for a number below 1, an unknown option, a shift that does not fit.
 
     """
 
@@ -85,10 +92,11 @@ class ClassStatistics:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if nonfinite not in ("error", "skip"):
             raise ValueError(f'nonfinite must be "error" or "skip", got {nonfinite!r}')
-        if shift is not None and (shift.shape != (num_classes, dim) or not shift.is_floating_point()):
-            raise ValueError(f"shift must be floating point of shape [{num_classes}, {dim}]")
+        if shift is not None:
+            _check_shift(shift, num_classes, dim)
         self.num_classes, self.dim = num_classes, dim
-        self.precision, self.ignore_index, self.nonfinite = precision, ignore_index, nonfinite
+        self.precision, self.nonfinite = precision, nonfinite
+        self.ignore_index = check_ignore_index(ignore_index)
         zeros = torch.zeros(num_classes, dtype=torch.float64, device=device)
         self._counts = torch.zeros_like(zeros, dtype=torch.int64)
         # A row of NaN is a shift not chosen yet. float32, until the first float64 batch needs float64.
@@ -99,6 +107,7 @@ class ClassStatistics:
         self._sumsq = zeros
         self._scatter = zeros.new_zeros(dim, dim) if scatter else None
         self._upper_only = False  # what is below the diagonal of _scatter is out of date
+        self._lock = _Lock()
         self._waiting: WaitingRows | None = None  # rows that are not yet in any of the sums
         self._rows_may_wait = True  # not where the tensors are all that is kept
         # The samples there were when shifts were last looked at, and the rows since then.
@@ -142,10 +151,8 @@ class ClassStatistics:
             return self._scatter
 
     def _locked(self) -> contextlib.AbstractContextManager[Any]:
-        """To be held by who writes to the sums: reading a state may do that in any thread."""
-        if self._waiting is None or torch.compiler.is_compiling():
-            return contextlib.nullcontext()
-        return self._waiting.lock
+        """To be held by who writes to the state: reading it may do that, in any thread."""
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock.held
 
     def _mirror(self) -> None:
         if self._scatter is not None and self._upper_only:
@@ -172,11 +179,12 @@ class ClassStatistics:
         """
         if torch.compiler.is_compiling():
             return self._update_in_graph(features, labels)
-        self._add(features, labels, radii=False, may_wait=self._rows_may_wait)
-        self._rows_since += len(features)
-        if not self._defers and self._rows_since >= self._rows_then:
-            self._recentre()
-            self._rows_then, self._rows_since = int(self.counts.sum()), 0
+        with self._locked():
+            self._add(features, labels, radii=False, may_wait=self._rows_may_wait)
+            self._rows_since += len(features)
+            if not self._defers and self._rows_since >= self._rows_then:
+                self._recentre()
+                self._rows_then, self._rows_since = int(self.counts.sum()), 0
         return self
 
     def _recentre(self) -> None:
@@ -195,7 +203,8 @@ class ClassStatistics:
 
         As `update`, but a shift once chosen stays, so that the distances of all batches are about the same.
         """
-        return cast(torch.Tensor, self._add(features, labels, radii=True))
+        with self._locked():
+            return cast(torch.Tensor, self._add(features, labels, radii=True))
 
     def _update_in_graph(self, features: torch.Tensor, labels: torch.Tensor) -> "ClassStatistics":
         self._add_waiting()
@@ -228,8 +237,7 @@ class ClassStatistics:
             if len(waiting) >= WaitingRows.MOST:
                 self._add_waiting()
         else:
-            with self._locked():
-                self._add_now(features, labels, distances)
+            self._add_now(features, labels, distances)
         if refused is not None:
             self._thaw()
             self._refused += refused
@@ -295,7 +303,7 @@ class ClassStatistics:
             torch.ops.ncfast.add_waiting_rows(*rows, *sums, self.precision)
             self._upper_only = True
             return
-        with waiting.lock:
+        with self._locked():
             if len(waiting):
                 self._thaw()
                 self._upper_only = True
@@ -322,7 +330,9 @@ class ClassStatistics:
         self._add_waiting()
         self._thaw()
         shift = self.shift.to(torch.promote_types(self.shift.dtype, other.shift.dtype))
-        shift = torch.where(shift.isnan(), other.shift, shift).contiguous()
+        # A shift that was given and not used yet may be far from what `other` has seen.
+        unseen, chosen = (self._counts == 0)[:, None], (other.counts > 0)[:, None]
+        shift = torch.where(unseen & (chosen | shift.isnan()), other.shift, shift).contiguous()
         sums, sumsq, scatter = other._about(shift)
         self._replace(
             self._sums + sums,
@@ -799,6 +809,25 @@ def _update_op(
 @_update_op.register_fake
 def _(*_: Any) -> None:
     return None
+
+
+class _Lock:
+    """`held` in a `with` statement; a copy of the state has its own."""
+
+    def __init__(self) -> None:
+        self.held = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Lock, ()
+
+
+def _check_shift(shift: torch.Tensor, num_classes: int, dim: int) -> None:
+    """Raise unless it has that shape and (looked at on the CPU only) rows finite or NaN throughout."""
+    if shift.shape != (num_classes, dim) or not shift.is_floating_point():
+        raise ValueError(f"shift must be floating point of shape [{num_classes}, {dim}]")
+    check_in_memory(shift, "shift")
+    if shift.is_cpu and not (shift.isfinite().all(1) | shift.isnan().all(1)).all():
+        raise ValueError("every row of shift must be finite, or NaN throughout")
 
 
 def _two_counts(value: Any) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ncfast.collapse import CollapseReport, check_global_mean, collapse
+from ncfast.collapse import CollapseReport, check_classifier, check_global_mean, collapse
 from ncfast.history import COLUMNS, Record, check_record, read_history, write_history, zero_error_epochs
-from ncfast.measure import classifier_of, entered, find_head, measure_model
+from ncfast.measure import classifier_of, entered, find_head, flattened, measure_model
 from ncfast.statistics import ClassStatistics
 
 _FORMAT = 1  # of state_dict()
@@ -38,7 +38,8 @@ class Tracker:
     Args:
         model: plain, or wrapped by torch.compile or DistributedDataParallel. Code that was compiled and run
             before the tracker was made does not see the hook: make the tracker first.
-        head: the classifier, a module with a `weight` [C, p]; by default the last torch.nn.Linear.
+        head: the classifier, a module with a `weight` [C, p]; by default the last torch.nn.Linear. Of
+            several calls in a forward pass the last counts, and its input is not to be overwritten.
         scatter: keep Σ_W; without it NC1 is None and a step costs O(p) per sample.
         precision: of the scatter's products, as in `ncfast.class_scatter`.
         global_mean: what μ_G averages over, "samples" or "classes".
@@ -105,9 +106,8 @@ class Tracker:
                 "with gradients (or the model was compiled and run before the tracker was made: then call "
                 "torch.compiler.reset())"
             )
-        features = features.reshape(-1, features.shape[-1])
         labels = torch.as_tensor(labels).to(features.device, non_blocking=True)
-        self.statistics.update(features, labels.reshape(-1))
+        self.statistics.update(*flattened(features, labels))
 
     @contextlib.contextmanager
     def step(self, labels: torch.Tensor) -> Iterator[None]:
@@ -133,7 +133,8 @@ class Tracker:
     ) -> CollapseReport:
         """Report on the samples since the last call, append the report to `history`, and begin anew.
 
-        With torch.distributed every rank must call it, and all get the report on the samples of all.
+        With torch.distributed every rank must call it, and all get the report on the samples of all. What
+        raises leaves the epoch as it was, in one process.
 
         Args:
             train_accuracy: in [0, 1], as you measure it; 1 begins the terminal phase.
@@ -148,9 +149,12 @@ class Tracker:
         for name, accuracy in accuracies.items():
             if accuracy is not None and not 0 <= accuracy <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {accuracy}")
-        stats = self.statistics
+        epoch = self._following(epoch)
+        stats, classifier = self.statistics, classifier_of(self.head)
+        check_classifier(*classifier, stats.num_classes, stats.dim, stats.shift.device)
         if dist.is_available() and dist.is_initialized():
             stats.all_reduce(self.group)
+        report = collapse(stats, *classifier, global_mean=self.global_mean)
         shift = stats.means.to(stats.shift.dtype)  # near the means of the next epoch too
         self.statistics = ClassStatistics(
             stats.num_classes,
@@ -160,7 +164,6 @@ class Tracker:
             shift=shift,
             **self._options,
         )
-        report = collapse(stats, *classifier_of(self.head), global_mean=self.global_mean)
         train, test = (None if value is None else float(value) for value in accuracies.values())
         return self._record(dataclasses.replace(report, train_accuracy=train, test_accuracy=test), epoch)
 
@@ -179,12 +182,16 @@ class Tracker:
         measures what this rank's loaders yield, without the other ranks: one may do it alone.
         """
         options = {"global_mean": self.global_mean, **self._options, **options}
+        epoch = self._following(epoch)
         return self._record(measure_model(self.model, train_loader, test_loader, self.head, **options), epoch)
 
-    def _record(self, report: CollapseReport, epoch: int | None) -> CollapseReport:
-        last: Record = self.history[-1] if self.history else {"epoch": 0, "terminal_phase": None}
-        epoch = last["epoch"] + 1 if epoch is None else operator.index(epoch)  # NumPy's integers too
-        terminal = last["terminal_phase"]
+    def _following(self, epoch: int | None) -> int:
+        if epoch is not None:
+            return operator.index(epoch)  # NumPy's integers too
+        return self.history[-1]["epoch"] + 1 if self.history else 1
+
+    def _record(self, report: CollapseReport, epoch: int) -> CollapseReport:
+        terminal = self.history[-1]["terminal_phase"] if self.history else None
         if not terminal and report.train_accuracy is not None:
             terminal = report.train_accuracy == 1
         self.history.append({"epoch": epoch, "terminal_phase": terminal, **report.as_dict()})

@@ -385,8 +385,12 @@ def test_nearest_class_center(backend, offset):
         with_absent = ncfast.nearest_class_center(
             features, torch.cat([torch.full((2, 12), torch.nan), means])
         )
+        with_infinite = ncfast.nearest_class_center(
+            features, torch.cat([means, torch.full((1, 12), torch.inf)])
+        )
     assert torch.equal(decided, ncfast.reference.nearest_class_center(features, means))
     assert torch.equal(with_absent, decided + 2)
+    assert torch.equal(with_infinite, decided)
 
 
 def test_thread_count_does_not_matter(backend):

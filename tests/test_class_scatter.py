@@ -4,6 +4,8 @@ import contextlib
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -439,6 +441,29 @@ def test_a_forked_child_has_threads_of_its_own(monkeypatch):
         cpu._run(ClassScatter(counts, sums, sumsq.double(), None, None), *data, "high", -100, "whole")
         os._exit(0 if bytes(sums.numpy()) == bytes(expected.sums.numpy()) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+FORK = """
+import os, signal, torch, ncfast
+from ncfast.ops.class_scatter import class_scatter
+torch.set_num_threads(2)
+h, y, shift = torch.randn(6000, 300), torch.zeros(6000, dtype=torch.long), torch.zeros(1, 300)
+h @ h[:300].T  # PyTorch's threads, which do not survive a fork, exist; no kernel of ours has run
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    counts = class_scatter(h, y, shift).counts
+    os._exit(counts.item() != 6000)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_before_the_first_kernel_has_them_too():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0\n"
 
 
 @pytest.mark.parametrize(("N", "p"), [(4_000_000, 512), (65_536, 2048)])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import available
 
 import ncfast
 from ncfast.ops.pair_geometry import etf_error
@@ -32,10 +33,12 @@ def arguments():
 
 
 @pytest.mark.parametrize("operation", arguments())
-def test_opcheck(operation):
+@pytest.mark.parametrize("backend", sorted({"cpu", "reference"} & {*available("class_scatter")}))
+def test_opcheck(operation, backend):
     """Schema, fake, autograd and dynamic shapes, as PyTorch's own checker sees them."""
-    for given in arguments()[operation]:
-        torch.library.opcheck(getattr(torch.ops.ncfast, operation).default, given)
+    with ncfast.use_backend(backend):
+        for given in arguments()[operation]:
+            torch.library.opcheck(getattr(torch.ops.ncfast, operation).default, given)
 
 
 def measure_like(features, labels, shift, weight, bias):

@@ -132,3 +132,11 @@ def test_a_lost_rank_is_an_error_not_a_hang(tmp_path, how):
 def test_all_reduce_needs_a_process_group():
     with pytest.raises(ValueError, match="process group has not been initialized"):
         ncfast.ClassStatistics(2, 3).all_reduce()
+
+
+def test_a_model_sharded_by_fully_shard():
+    """Its head's weight is a DTensor."""
+    command = [sys.executable, str(WORKER.with_name("sharded_worker.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "as without\n"

@@ -1,11 +1,14 @@
 """Every input that needs a defined answer or a clear error: every public way in, every backend."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from backends import available, forced
+from torch._subclasses import FakeTensorMode
 
 import ncfast
 
@@ -307,3 +310,79 @@ def test_inference_mode():
         assert ncfast.measure(GOOD[0].clone(), GOOD[1].clone(), torch.eye(3, 4)) == plain
         stats = streaming(GOOD[0].clone(), GOOD[1].clone())
     assert stats.num_samples == 6
+
+
+def freed(tensor):
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+WITHOUT_ADDRESS = [
+    (freed, "in memory"),
+    (torch.Tensor.to_sparse, "dense"),
+    (FakeTensorMode().from_tensor, "in memory"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize(("without", "words"), WITHOUT_ADDRESS)
+def test_tensors_without_an_address(without, words):
+    """Which kernels would read at 0."""
+    (h, y), W = GOOD, torch.randn(3, 4)
+    b = torch.randn(3)
+    calls = [
+        ("features", lambda: streaming(without(h), y)),
+        ("labels", lambda: streaming(h, without(y))),
+        ("shift", lambda: streaming(h, y, shift=without(W))),
+        ("features", lambda: direct(without(h), y)),
+        ("shift", lambda: ncfast.class_scatter(h, y, without(W))),
+        ("features", lambda: at_once(without(h), y)),
+        ("weight", lambda: ncfast.measure(h, y, without(W))),
+        ("bias", lambda: ncfast.measure(h, y, W, without(b))),
+        ("weight", lambda: ncfast.affine_argmax(h, without(W))),
+        ("bias", lambda: ncfast.affine_argmax(h, W, without(b))),
+        ("means", lambda: ncfast.nearest_class_center(h, without(W))),
+        ("vectors", lambda: ncfast.pair_geometry(without(W))),
+        ("variances", lambda: ncfast.pair_geometry(W, without(b))),
+        ("anchors", lambda: ncfast.decision_radius(W, b, without(W))),
+        ("classes", lambda: ncfast.decision_radius(W, b, W, without(torch.arange(3)))),
+    ]
+    for name, call in calls:
+        with pytest.raises(TypeError, match=f"{name} must be {words}"):
+            call()
+
+
+def test_a_shift_that_is_not_finite():
+    h, y = GOOD
+    with pytest.raises(ValueError, match="the shift of class 1 holds a NaN"):
+        ncfast.class_scatter(h, y, torch.tensor([0.0, torch.nan, torch.nan])[:, None].expand(3, 4))
+    unused = torch.tensor([0.0, 0.0, 0.0, torch.inf])[:, None].expand(4, 4)
+    assert ncfast.class_scatter(h, y, unused).counts.tolist() == [2, 2, 2, 0]
+    for row in (torch.inf, torch.tensor([torch.nan, 0, 0, 0]), torch.tensor([0, 0, 0, torch.nan])):
+        shift = torch.zeros(3, 4)
+        shift[1] = row
+        with pytest.raises(ValueError, match="every row of shift must be finite, or NaN throughout"):
+            ncfast.ClassStatistics(3, 4, shift=shift)
+
+
+@pytest.mark.parametrize(
+    ("ignore_index", "error"), [(None, TypeError), (1.5, TypeError), (2**63, ValueError)]
+)
+def test_an_ignore_index_that_is_none(ignore_index, error):
+    h, y = GOOD
+    for call in (
+        lambda: ncfast.ClassStatistics(3, 4, ignore_index=ignore_index),
+        lambda: ncfast.class_scatter(h, y, torch.zeros(3, 4), ignore_index=ignore_index),
+        lambda: ncfast.measure(h, y, torch.randn(3, 4), ignore_index=ignore_index),
+    ):
+        with pytest.raises(error, match="ignore_index must"):
+            call()
+
+
+def test_what_names_a_row_goes_through_pickle():
+    with pytest.raises(ValueError, match="label 7 in row 3") as caught:
+        streaming(torch.randn(5, 4), torch.tensor([0, 1, 2, 7, 0]))
+    for copied in (pickle.loads(pickle.dumps(caught.value)), copy.copy(caught.value)):
+        assert str(copied) == str(caught.value)
+        assert copied.row == 3

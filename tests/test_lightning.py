@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import lightning
@@ -217,6 +218,22 @@ def test_sanity_check_and_several_loaders(tmp_path):
     # float32 means of 20 features of order 1, squared
     trace_between = ours.tracker.history[-1]["trace_between"]
     assert trace_between == pytest.approx(float(centred.square().sum(1).mean()), rel=1e-5)
+
+
+def test_only_rank_0_goes_on_from_the_rows_of_one_process():
+    """Some of which wait in its checkpoint."""
+    ours = callback()
+    ours.on_train_start(types.SimpleNamespace(global_rank=0), Classifier())
+    for _ in range(3):
+        ours.tracker.statistics.update(torch.randn(30, P), torch.arange(30) % C)
+    state = ours.state_dict()
+    assert len(state["statistics"]["waiting_labels"]) == 30
+    for rank, samples in [(0, 90), (1, 0)]:
+        resumed = callback()
+        resumed.load_state_dict(state)
+        resumed.on_train_start(types.SimpleNamespace(global_rank=rank), Classifier())
+        assert resumed.tracker.statistics.num_samples == samples
+        assert resumed.tracker.statistics.counts.sum() == samples
 
 
 def test_a_state_waiting_for_training_is_not_lost():

@@ -7,6 +7,7 @@ import backends
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import ncfast
 from ncfast.collapse import collapse_and_distances
@@ -479,3 +480,71 @@ def test_bounds_of_the_radii_decide_what_has_collapsed(spread, exact, monkeypatc
     assert ncfast.measure(features, labels, means) == sure
     scored = ncfast.measure(features, labels, means, certificates=False)
     assert dataclasses.replace(sure, certified_share=0.0) == scored
+
+
+@pytest.mark.parametrize(
+    "reparametrised",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        lambda head: prune.random_unstructured(head, "weight", 0.5),
+        torch.nn.utils.parametrizations.weight_norm,
+        torch.nn.utils.parametrizations.spectral_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+def test_a_weight_that_the_forward_pass_makes(model, loader, reparametrised):
+    """It is the present one, also where a hook has yet to make it, and nothing of the head changes."""
+    reparametrised(model.head)
+    tracker = ncfast.Tracker(model, model.head)
+    inputs, labels = next(iter(loader))
+    model(inputs)
+    tracker.update(labels)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter += torch.randn(parameter.shape)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stale = vars(model.head).get("weight")
+    epoch = tracker.end_epoch()
+    assert vars(model.head).get("weight") is stale
+    report = ncfast.measure_model(model, loader, head=model.head)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    expected = ncfast.measure(*captured(model, loader), model.head.weight, model.head.bias)
+    assert report.nc2_equinorm_classifier == expected.nc2_equinorm_classifier
+    assert epoch.nc2_equinorm_classifier == pytest.approx(expected.nc2_equinorm_classifier, rel=1e-12)
+    assert report.nc3_self_duality == pytest.approx(expected.nc3_self_duality, rel=1e-6)
+    assert report.train_accuracy == expected.train_accuracy
+
+
+def test_a_model_that_overwrites_what_entered_its_head(loader):
+    class Overwriting(Net):
+        def forward(self, x):
+            features = self.body(x)
+            outputs = self.head(features)
+            features.zero_()
+            return outputs
+
+    with pytest.raises(ValueError, match="overwrites what entered its head"):
+        ncfast.measure_model(Overwriting(), loader)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 10), (5, 4, 2)])
+def test_labels_of_another_shape_than_the_features(shape):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4))
+    labels = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"labels must have shape \[5, 4\]"):
+        ncfast.measure_model(model, [(torch.randn(5, 4, 6), labels)])
+    tracker = ncfast.Tracker(model)
+    model(torch.randn(5, 4, 6))
+    with pytest.raises(ValueError, match=r"labels must have shape \[5, 4\]"):
+        tracker.update(labels)
+
+
+def test_labels_that_are_flat_already_or_have_an_axis_more():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4))
+    inputs, labels = torch.randn(5, 4, 6), torch.arange(20) % 4
+    reports = [
+        ncfast.measure_model(model, [(inputs, given)])
+        for given in (labels, labels.view(5, 4), labels.view(5, 4, 1), labels.view(20, 1))
+    ]
+    assert all(report == reports[0] for report in reports)

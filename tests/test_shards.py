@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+import zipfile
 
 import dask
 import numpy as np
@@ -170,6 +171,9 @@ def test_rows_are_numbered_from_the_start_of_the_file(tmp_path, monkeypatch):
         (pyarrow.array([[1.0, None], [3.0, 4.0]]), "no nulls"),
         (pyarrow.array([[1.0, 2.0], None]), "no nulls"),
         (pyarrow.array([1.0, 2.0]), "must hold lists"),
+        (pyarrow.array([["a"], ["b"]]), "must hold lists of numbers"),
+        (pyarrow.array([{"a": 1.0}, {"a": 2.0}]), "must hold lists of numbers"),
+        (pyarrow.array([[("a", 1.0)]] * 2, pyarrow.map_(pyarrow.string(), pyarrow.float64())), "must hold"),
     ],
 )
 def test_parquet_columns_that_are_no_features(tmp_path, column, words):
@@ -283,3 +287,11 @@ def test_merge_refuses_what_is_no_state(tmp_path, capsys):
         ncfast.ClassStatistics(2, dim).update(torch.randn(5, dim), torch.arange(5) % 2).save(tmp_path / name)
     assert cli.main(["merge", str(tmp_path / "a.state"), str(tmp_path / "b.state")]) == 2
     assert "b.state: cannot merge" in capsys.readouterr().err
+
+
+def test_what_else_an_npz_holds_is_left_alone(tmp_path):
+    h, y = oracle.clustered(C, 5, 8, 1.0)
+    write(tmp_path / "part.npz", h, y)
+    with zipfile.ZipFile(tmp_path / "part.npz", "a") as archive:
+        archive.writestr("readme.txt", "what this is")
+    assert measure_shards([tmp_path / "part.npz"], C).num_samples == len(y)

@@ -659,10 +659,38 @@ def test_a_shift_stays_while_rows_wait_about_it():
     assert_same_statistics(ours, at_once, 1e-6)
 
 
+def test_threads_that_update_lose_nothing():
+    """From the first batches on, of which some begin to wait, while others read."""
+    features, labels = oracle.clustered(7, 96, 64 * 60 // 7 + 1, 0.3)
+    batches = list(zip(features[: 64 * 60].split(64), labels[: 64 * 60].split(64), strict=True))
+    whole = ncfast.ClassStatistics(7, 96, precision="highest").update(features[: 64 * 60], labels[: 64 * 60])
+    for _ in range(30):
+        stats, done = ncfast.ClassStatistics(7, 96, precision="highest"), threading.Event()
+
+        def read(stats=stats, done=done):
+            while not done.is_set():
+                assert stats.scatter is not None
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            reader = pool.submit(read)
+            writers = [
+                pool.submit(lambda part=part, stats=stats: [stats.update(*b) for b in part])
+                for part in (batches[::3], batches[1::3], batches[2::3])
+            ]
+            try:
+                for writer in writers:
+                    writer.result()
+            finally:
+                done.set()
+            reader.result()
+        assert_same_statistics(stats, whole, 1e-5)
+        assert torch.equal(stats.scatter, stats.scatter.T)
+
+
 def test_threads_that_read_add_waiting_rows_once():
     features, labels = oracle.clustered(7, 512, 200, 0.3)
     stats = ncfast.ClassStatistics(7, 512).update(features, labels).update(features, labels)
-    assert waiting(stats) == 0  # those that wait have the lock
+    assert waiting(stats) == 0
     stats.update(features, labels)
     done = threading.Event()
 
@@ -1095,3 +1123,20 @@ def test_inference_mode_may_come_and_go(backend):
             stats.load_state_dict(state)
             stats.accumulate(features, labels)
         assert_same_statistics(stats, truth, 1e-5)  # float32 sums of squares, precision high
+
+
+def test_merge_into_a_state_whose_shift_was_given():
+    """And is far from what the other one has seen, which sits 10^11 times its spread from it."""
+    generator = torch.Generator().manual_seed(0)
+    means = 1e6 + torch.randn(4, 8, dtype=torch.float64, generator=generator)
+    labels = torch.arange(400) % 4
+    features = means[labels] + 1e-5 * torch.randn(400, 8, dtype=torch.float64, generator=generator)
+    seen = ncfast.ClassStatistics(4, 8).update(features, labels)
+    given = ncfast.ClassStatistics(4, 8, shift=torch.zeros(4, 8)).merge(seen)
+    oracle.assert_relative(given.trace_within, seen.trace_within, 1e-12)
+    assert torch.equal(given.counts, seen.counts)
+    # A class that neither has seen keeps the shift that was given.
+    some = ncfast.ClassStatistics(4, 8).update(features[labels < 3], labels[labels < 3])
+    shift = ncfast.ClassStatistics(4, 8, shift=torch.ones(4, 8)).merge(some).shift
+    assert torch.equal(shift[:3], some.shift[:3])
+    assert torch.equal(shift[3], torch.ones(8, dtype=shift.dtype))

@@ -499,6 +499,22 @@ def test_end_epoch_refuses_a_percentage_and_an_empty_epoch():
         tracker.end_epoch()
 
 
+def test_what_raises_leaves_the_epoch_as_it_was():
+    model = network()
+    tracker = ncfast.Tracker(model)
+    train(model, tracker, data(2))
+    before = tracker.statistics.num_samples
+    with pytest.raises(TypeError):
+        tracker.end_epoch(epoch="last")
+    kept = float(model[-1].weight.data[0, 0])
+    model[-1].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight holds a NaN"):
+        tracker.end_epoch()
+    model[-1].weight.data[0, 0] = kept
+    assert tracker.end_epoch().num_samples == before
+    assert [record["epoch"] for record in tracker.history] == [1]
+
+
 def test_an_unknown_option_is_refused_before_anything_is_hooked():
     model = network()
     before = structure(model)

@@ -133,7 +133,7 @@ class Pool {
 };
 
 // A forked child has none of its parent's threads: it starts a pool of its own. From the moment this library
-// is loaded.
+// is loaded, which importing ncfast does.
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
   Pool::current() = new Pool;
   forked = true;

@@ -55,7 +55,8 @@ class NeuralCollapseCallback(Callback):
             if trainer.global_rank:  # rank 0 goes on from what all have seen, the others from nothing
                 seen = {name: value for name, value in resumed.items() if isinstance(value, torch.Tensor)}
                 nothing = {name: torch.zeros_like(value) for name, value in seen.items() if name != "shift"}
-                resumed = resumed | nothing | {"num_skipped": 0}
+                resumed = resumed | nothing | {"num_skipped": 0, "recentring": [0, 0]}
+                resumed |= {"waiting_residuals": None, "waiting_labels": None}
             self.tracker.load_state_dict(self._resumed | {"statistics": resumed})
             self._resumed = None
 

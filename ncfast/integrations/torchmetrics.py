@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from ncfast.collapse import check_global_mean, collapse
-from ncfast.measure import classifier_of
+from ncfast.measure import classifier_of, flattened
 from ncfast.statistics import ClassStatistics
 
 MEANS_FIELDS: tuple[str, ...] = (
@@ -115,7 +115,7 @@ class NeuralCollapse(Metric):
         if features.dtype == torch.float64:  # then all is added in place, and nothing can be lost on the way
             self.shift = self.shift.double()
         stats = self._statistics(self.metric_state)
-        stats.update(features.detach().reshape(-1, features.shape[-1]), target.reshape(-1))
+        stats.update(*flattened(features.detach(), target))
         self._keep(stats)
 
     def compute(self) -> dict[str, torch.Tensor]:

@@ -11,3 +11,8 @@ A room holds `__init__.py` (the contract and the argument checks), `reference.py
 from the formula) and one module per fast backend with the same signature. `dispatch.py` alone knows which one
 runs.
 """
+
+import contextlib
+
+with contextlib.suppress(ImportError):  # what is not there, or broken, is complained about where it is needed
+    import ncfast._cpu  # noqa: F401 (what is forked before its first kernel has to know: csrc/cpu/pool.cpp)

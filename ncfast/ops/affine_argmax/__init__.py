@@ -6,7 +6,7 @@ from typing import cast
 import torch
 
 from ncfast.ops import dispatch
-from ncfast.ops.class_scatter import as_stored, check_features
+from ncfast.ops.class_scatter import as_stored, check_features, check_in_memory
 
 
 def affine_argmax(
@@ -61,19 +61,19 @@ def nearest_class_center(features: torch.Tensor, means: torch.Tensor) -> torch.T
 
     Returns:
         [N] int64, the float64 answer; ties go to the lowest index. A mean that holds a NaN (an absent class,
-        as in `ClassStatistics.means`) is never chosen.
+        as in `ClassStatistics.means`) or an infinity is never chosen.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices that do not agree; no mean without NaN.
+        TypeError, ValueError: dtypes, shapes or devices that do not agree; no finite mean.
 
     Source: Papyan, Han & Donoho (PNAS 2020), NC4 and Fig. 7.
     """
     if torch.compiler.is_compiling():
         return cast(torch.Tensor, torch.ops.ncfast.nearest_class_center(features.detach(), means.detach()))
     means = _checked_rows(features, means, "means")
-    present = ~means.isnan().any(1)
+    present = means.isfinite().all(1)
     if not present.any():
-        raise ValueError("means: no class is present (every row holds a NaN)")
+        raise ValueError("means: no class is present (every row holds a NaN or an infinity)")
     decided = affine_argmax(features, *center_rule(means[present]))
     return present.nonzero().squeeze(1)[decided]
 
@@ -114,6 +114,7 @@ def _checked_rows(features: torch.Tensor, rows: object, name: str) -> torch.Tens
         )
     if rows.device != features.device:
         raise ValueError(f"{name} is on {rows.device} but features are on {features.device}")
+    check_in_memory(rows, name)
     return as_stored(rows)
 
 
@@ -127,6 +128,7 @@ def _checked_rule(features: torch.Tensor, weight: object, bias: object) -> tuple
         raise ValueError(f"bias must have shape [{rows.shape[0]}], got {list(bias.shape)}")
     if bias.device != features.device:
         raise ValueError(f"bias is on {bias.device} but features are on {features.device}")
+    check_in_memory(bias, "bias")
     return rows, as_stored(bias)
 
 

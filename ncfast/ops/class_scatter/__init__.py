@@ -2,9 +2,9 @@
 
 import contextlib
 import functools
-import threading
+import operator
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 
@@ -41,7 +41,7 @@ class WaitingRows:
     MOST_OF_BATCH = 256
     """Rows of the largest batch that waits; what is larger gains less than that costs."""
     ROOM = MOST + MOST_OF_BATCH
-    """A batch finds room, unless several threads add theirs at once."""
+    """A batch finds room."""
 
     def __init__(self, like: torch.Tensor) -> None:
         numbers = 64 // like.element_size()  # of a cache line
@@ -57,8 +57,6 @@ class WaitingRows:
             """[]: changed in the same call as the rows or the sums, which no signal can interrupt."""
         self.add: Callable[..., None] | None = None
         """`add_admitted` of the backend that admitted them; None where that was elsewhere."""
-        self.lock = threading.RLock()
-        """To be held by who adds rows to them or to the state: reading a state may do that in any thread."""
 
     @classmethod
     def of(cls, residuals: torch.Tensor, labels: torch.Tensor) -> "WaitingRows":
@@ -89,6 +87,14 @@ class RowError(ValueError):
     def __init__(self, template: str, row: int, **values: int) -> None:
         super().__init__(template.format(row=row, **values))
         self.template, self.row, self.values = template, row, values
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowError.of, (self.template, self.row, self.values)
+
+    @classmethod
+    def of(cls, template: str, row: int, values: dict[str, int]) -> "RowError":
+        """As pickle wants it."""
+        return cls(template, row, **values)
 
 
 @contextlib.contextmanager
@@ -145,6 +151,7 @@ def class_scatter(
         return ClassScatter(counts, sums, sumsq, square if scatter else None, distances if radii else None)
     check_features(features)
     check_labels(labels, features)
+    ignore_index = check_ignore_index(ignore_index)
     if labels.dtype != torch.int64 and (labels.dtype != torch.int32 or not -(2**31) <= ignore_index < 2**31):
         labels = labels.long()  # a uint8 cannot be compared with −100, nor an int32 with 2⁴⁰
     if shift.ndim != 2 or shift.shape[1] != features.shape[1]:
@@ -153,6 +160,7 @@ def class_scatter(
         raise TypeError(f"shift must be floating point, got {shift.dtype}")
     if shift.device != features.device:
         raise ValueError(f"shift is on {shift.device} but features are on {features.device}")
+    check_in_memory(shift, "shift")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     run = dispatch.select("class_scatter", features, scatter=scatter, num_classes=shift.shape[0])
@@ -184,7 +192,7 @@ def _checked(
         check_label_range(labels, shift.shape[0], ignore_index)
     result: ClassScatter = (checked or run)(features, labels, shift, ignore_index=ignore_index, **options)
     if on_cpu and checked is None and not result.sumsq.isfinite().all():
-        raise_for_nonfinite(features, labels, ignore_index)
+        raise_for_nonfinite(features, labels, ignore_index, shift)
     return result
 
 
@@ -210,8 +218,8 @@ def _class_scatter_op(
         ignore_index=ignore_index,
     )
     square = result.sums.new_empty(0, 0) if result.scatter is None else result.scatter
-    distances = features.new_empty(0, dtype=shift_dtype(features.dtype))
-    return *result[:3], square, distances if result.radii is None else result.radii
+    distances = features.new_empty(0) if result.radii is None else result.radii
+    return *result[:3], square, distances.to(shift_dtype(features.dtype))
 
 
 @_class_scatter_op.register_fake
@@ -279,15 +287,14 @@ def admit(
 ) -> bool:
     """Let a checked batch join those that wait; `accumulate` does the rest.
 
-    Returns whether it did: not every backend does that, and another thread may have taken the room. Chooses
-    shifts and raises as `accumulate` does, and what raises leaves all as it was.
+    Returns whether it did: not every backend does that. Chooses shifts and raises as `accumulate` does, and
+    what raises leaves all as it was.
     """
     run = dispatch.select("class_scatter", features, "admit", num_classes=len(shift))
     if run is None:
         return False
-    with waiting.lock:
-        waiting.add = dispatch.beside(run, "add_admitted")
-        return cast(bool, run(waiting, features, labels, shift, ignore_index=ignore_index))
+    waiting.add = dispatch.beside(run, "add_admitted")
+    return cast(bool, run(waiting, features, labels, shift, ignore_index=ignore_index))
 
 
 def accumulate_waiting(state: ClassScatter, waiting: WaitingRows, *, precision: str = "high") -> None:
@@ -412,6 +419,15 @@ def shift_dtype(features_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if features_dtype == torch.float64 else torch.float32
 
 
+def check_in_memory(tensor: torch.Tensor, name: str) -> None:
+    """Raise for a tensor whose numbers are not at its address: sparse, distributed, fake, freed."""
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {tensor.layout}")
+    if tensor.numel() > 0 and not tensor.is_meta and tensor.data_ptr() == 0:
+        remedy = "; pass its full_tensor()" if hasattr(tensor, "full_tensor") else ""
+        raise TypeError(f"{name} must be in memory, but this {type(tensor).__name__} has no address{remedy}")
+
+
 def check_features(features: torch.Tensor, name: str = "features") -> None:
     """Raise unless `features` is a [N, p] tensor of a dtype that the kernels read."""
     if not isinstance(features, torch.Tensor):
@@ -420,6 +436,7 @@ def check_features(features: torch.Tensor, name: str = "features") -> None:
         raise ValueError(f"{name} must have shape [N, p] with p ≥ 1, got {list(features.shape)}")
     if features.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {features.dtype}")
+    check_in_memory(features, name)
 
 
 def check_labels(labels: torch.Tensor, features: torch.Tensor, name: str = "labels") -> None:
@@ -432,6 +449,18 @@ def check_labels(labels: torch.Tensor, features: torch.Tensor, name: str = "labe
         raise ValueError(f"{name} must have shape [{features.shape[0]}], got {list(labels.shape)}")
     if labels.device != features.device:
         raise ValueError(f"{name} are on {labels.device} but features are on {features.device}")
+    check_in_memory(labels, name)
+
+
+def check_ignore_index(ignore_index: object) -> int:
+    """Return it as an int, or raise if it is no integer of 64 bits."""
+    try:
+        index = operator.index(cast(SupportsIndex, ignore_index))
+    except TypeError:
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}") from None
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(f"ignore_index must fit 64 bits, got {ignore_index}")
+    return index
 
 
 def check_label_range(labels: torch.Tensor, num_classes: int, ignore_index: int) -> None:
@@ -459,10 +488,18 @@ def nonfinite_rows(features: torch.Tensor) -> torch.Tensor:
     return bad
 
 
-def raise_for_nonfinite(features: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> None:
-    """Raise naming the first row in use with a NaN or infinity, or saying that squares overflowed."""
-    bad = nonfinite_rows(features) & (labels != ignore_index)
+def raise_for_nonfinite(
+    features: torch.Tensor, labels: torch.Tensor, ignore_index: int, shift: torch.Tensor | None = None
+) -> None:
+    """Raise naming the first row in use, or shift, with a NaN or infinity; or for squares that overflow."""
+    used = labels != ignore_index
+    bad = nonfinite_rows(features) & used
     if bad.any():
         raise RowError("features hold a NaN or an infinity in row {row}", int(bad.nonzero()[0]))
+    if shift is not None:
+        classes = labels[used].long().unique()
+        bad = nonfinite_rows(shift[classes])
+        if bad.any():
+            raise ValueError(f"the shift of class {int(classes[bad][0])} holds a NaN or an infinity")
     remedy = "scale them down" if features.dtype == torch.float64 else "pass them as float64"
     raise ValueError(f"features are so large that their squares overflow; {remedy}")

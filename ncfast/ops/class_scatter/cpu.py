@@ -55,7 +55,7 @@ def class_scatter(
     )
     refusal = _run(result, features, labels, shift, precision, ignore_index, "whole")
     if refusal != "nonfinite" or nonfinite_raises:
-        _raise_for(refusal, features, labels, C, ignore_index)
+        _raise_for(refusal, features, labels, C, ignore_index, shift)
     return result
 
 
@@ -120,13 +120,18 @@ def add_admitted(state: ClassScatter, waiting: WaitingRows, *, precision: str = 
 
 
 def _raise_for(
-    refusal: str, features: torch.Tensor, labels: torch.Tensor, num_classes: int, ignore_index: int
+    refusal: str,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    ignore_index: int,
+    shift: torch.Tensor | None = None,  # where none was to be chosen
 ) -> None:
     if refusal == "label":
         check_label_range(labels, num_classes, ignore_index)
         raise ValueError("labels changed while they were read")
     if refusal == "nonfinite":
-        raise_for_nonfinite(features, labels, ignore_index)
+        raise_for_nonfinite(features, labels, ignore_index, shift)
 
 
 def _with_contiguous_rows(features: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 import torch
 
 from ncfast.ops import dispatch
-from ncfast.ops.class_scatter import LABEL_DTYPES, as_stored
+from ncfast.ops.class_scatter import LABEL_DTYPES, as_stored, check_in_memory
 
 
 class PairGeometry(NamedTuple):
@@ -196,6 +196,7 @@ def _(
 def _check_floating(tensor: torch.Tensor, name: str) -> None:
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point torch.Tensor")
+    check_in_memory(tensor, name)
 
 
 def _check_rows(rows: torch.Tensor, name: str, minimum: int) -> None:
@@ -215,6 +216,7 @@ def _checked_anchors(
     classes = torch.arange(C, device=weight.device) if classes is None else classes
     if not isinstance(classes, torch.Tensor) or classes.dtype not in LABEL_DTYPES:
         raise TypeError("classes must be a torch.Tensor of integers")
+    check_in_memory(classes, "classes")
     if classes.ndim != 1:
         raise ValueError(f"classes must have shape [A], got {list(classes.shape)}")
     _check_floating(bias, "bias")
