@@ -260,7 +260,7 @@ def _nc1_by_solving(stats: ClassStatistics, centred: torch.Tensor, weights: torc
     C, p = centred.shape
     frame = centred / math.sqrt(C)  # Σ_B = frameᵀ frame
     if p >= C:
-        # M = frame frameᵀ + w wᵀ, where frameᵀ w = 0: Y = M⁻¹ frame gives Σ_B† = Yᵀ Y.
+        # M = frame frameᵀ + t w wᵀ, where frameᵀ w = 0: Y = M⁻¹ frame gives Σ_B† = Yᵀ Y.
         matrix = frame @ frame.T
         w = weights.double() / weights.double().norm()
         matrix += matrix.trace() / C * torch.outer(w, w)

@@ -496,7 +496,7 @@ def find_head(model: torch.nn.Module, head: torch.nn.Module | None = None) -> to
         if not linear:
             raise ValueError("the model has no torch.nn.Linear; pass head=")
         return linear[-1]
-    with _evaluating(head):
+    with _marked_eval(head):
         weight = getattr(head, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         raise TypeError(f"head must be a module with a weight [C, p], got {type(head).__name__}")
@@ -509,16 +509,16 @@ def classifier_of(head: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | N
     As of now, also where a hook makes them before every forward pass (weight_norm, spectral_norm, pruning).
     The head is left as it was.
     """
-    found = vars(head).copy()
+    made = {name: value for name, value in vars(head).items() if name in ("weight", "bias")}
     try:
-        with _evaluating(head), torch.no_grad():
+        with _marked_eval(head):
             for hook in head._forward_pre_hooks.values():
                 if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
                     hook(head, ())
             weight, bias = cast(torch.Tensor, head.weight), getattr(head, "bias", None)
             return _whole(weight), None if bias is None else _whole(bias)
     finally:
-        vars(head).update(found)
+        vars(head).update(made)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -537,9 +537,9 @@ def _local(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def flattened(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [..., p] as [N, p], and labels [...] or [N] as [N]; axes of length 1 do not matter."""
+    """Features [..., p] as [N, p] and labels [...] as [N]; one of them may be flat already."""
     ours, theirs = ([n for n in shape if n != 1] for shape in (features.shape[:-1], labels.shape))
-    if len(theirs) > 1 and ours != theirs:
+    if len(ours) > 1 and len(theirs) > 1 and ours != theirs:
         raise ValueError(f"labels must have shape {list(features.shape[:-1])}, got {list(labels.shape)}")
     return features.reshape(-1, features.shape[-1]), labels.reshape(-1)
 
@@ -550,11 +550,12 @@ def entered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode; every module's own training flag is put back."""
-    training = {module: module.training for module in model.modules()}
+def _marked_eval(head: torch.nn.Module) -> Iterator[None]:
+    """Training flags off, with nothing that a module's own `eval` may do to its weight."""
+    training = {module: module.training for module in head.modules()}
     try:
-        model.eval()
+        for module in training:
+            module.training = False
         yield
     finally:
         for module, flag in training.items():
@@ -563,13 +564,20 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, nothing compiled."""
+    """Eval mode without gradients, nothing compiled; every module then goes back to its own mode."""
     # What torch.compile made earlier does not see a hook added since. Where nothing was compiled, Dynamo is
     # not imported for it: that takes seconds.
     compiled = "torch._dynamo" in sys.modules
     eagerly = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    with _evaluating(model), torch.no_grad(), eagerly:
-        yield
+    training = {module: module.training for module in model.modules()}  # parents first
+    try:
+        model.eval()
+        with torch.no_grad(), eagerly:
+            yield
+    finally:
+        for module, flag in training.items():
+            if module.training != flag:
+                module.train(flag)
 
 
 @contextlib.contextmanager
@@ -577,14 +585,11 @@ def _captured(
     model: torch.nn.Module, head: torch.nn.Module, device: torch.device
 ) -> Iterator[Callable[[Any], tuple[torch.Tensor, torch.Tensor]]]:
     """Yield a function from a batch to (features [N, p], labels [N]), the features entering `head`."""
-    captured: list[tuple[torch.Tensor, int]] = []
-
-    def version(features: torch.Tensor) -> int:
-        return 0 if features.is_inference() else features._version
+    captured: list[torch.Tensor] = []
 
     def capture(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        features = entered(args, kwargs).detach()
-        captured.append((features, version(features)))
+        # A copy: what follows may write to it.
+        captured.append(entered(args, kwargs).detach().clone())
 
     hook = head.register_forward_pre_hook(capture, with_kwargs=True)
 
@@ -603,10 +608,7 @@ def _captured(
             raise ValueError(
                 f"head must be called once per forward pass, but was called {len(captured)} times"
             )
-        features, then = captured[0]
-        if version(features) != then:
-            raise ValueError("the model overwrites what entered its head: nothing is left to measure")
-        features, labels = flattened(features, labels)
+        features, labels = flattened(captured[0], labels)
         check_labels(labels, features)
         return features, labels.long()
 

@@ -67,12 +67,15 @@ class ClassStatistics:
 
     `counts`, `shift`, `sums`, `sumsq` and `scatter` are the state itself: clone what is to be kept, or sent
     to another process by torch.multiprocessing, which shares tensors. All other properties are new.
-    Threads may update and read one object at once, and wait for each other.
+    Threads may update one object at once; one that reads meanwhile gets a `scatter` and a `state_dict` of one
+    moment, but of other numbers parts may be of different moments.
 
     Raises:
         TypeError, ValueError: for a number below 1, an unknown option, a shift that does not fit.
 
     """
+
+    _lock: "_Lock | None" = None  # not made by __init__, which torch.compile traces
 
     def __init__(
         self,
@@ -107,7 +110,6 @@ class ClassStatistics:
         self._sumsq = zeros
         self._scatter = zeros.new_zeros(dim, dim) if scatter else None
         self._upper_only = False  # what is below the diagonal of _scatter is out of date
-        self._lock = _Lock()
         self._waiting: WaitingRows | None = None  # rows that are not yet in any of the sums
         self._rows_may_wait = True  # not where the tensors are all that is kept
         # The samples there were when shifts were last looked at, and the rows since then.
@@ -152,7 +154,11 @@ class ClassStatistics:
 
     def _locked(self) -> contextlib.AbstractContextManager[Any]:
         """To be held by who writes to the state: reading it may do that, in any thread."""
-        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._lock.held
+        if torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        if self._lock is None:
+            vars(self).setdefault("_lock", _Lock())  # one, whoever else comes here
+        return cast(_Lock, self._lock).held
 
     def _mirror(self) -> None:
         if self._scatter is not None and self._upper_only:
@@ -598,10 +604,10 @@ class ClassStatistics:
             residuals, labels = self._waiting.rows() if self._waiting else (None, None)
             tensors = self._tensors() | {"waiting_residuals": residuals, "waiting_labels": labels}
             state: dict[str, Any] = {name: None if t is None else t.clone() for name, t in tensors.items()}
-            recentring = [self._rows_then, self._rows_since]
+            state |= {"num_skipped": self.num_skipped, "recentring": [self._rows_then, self._rows_since]}
             if rows != len(self._waiting or ()):
                 return self.state_dict()  # a signal handler has added them meanwhile: they may be there twice
-        return state | {"num_skipped": self.num_skipped, "recentring": recentring, "format": _FORMAT}
+        return state | {"format": _FORMAT}
 
     def _tensors(self) -> dict[str, torch.Tensor | None]:
         """What has been added, without the rows that wait."""
@@ -812,7 +818,7 @@ def _(*_: Any) -> None:
 
 
 class _Lock:
-    """`held` in a `with` statement; a copy of the state has its own."""
+    """`held` in a `with` statement. A shallow copy of a state shares it, another has its own."""
 
     def __init__(self) -> None:
         self.held = threading.RLock()
@@ -823,9 +829,13 @@ class _Lock:
 
 def _check_shift(shift: torch.Tensor, num_classes: int, dim: int) -> None:
     """Raise unless it has that shape and (looked at on the CPU only) rows finite or NaN throughout."""
+    if not isinstance(shift, torch.Tensor):
+        raise TypeError(f"shift must be a torch.Tensor, got {type(shift).__name__}")
     if shift.shape != (num_classes, dim) or not shift.is_floating_point():
         raise ValueError(f"shift must be floating point of shape [{num_classes}, {dim}]")
     check_in_memory(shift, "shift")
+    if torch.compiler.is_compiling():
+        return
     if shift.is_cpu and not (shift.isfinite().all(1) | shift.isnan().all(1)).all():
         raise ValueError("every row of shift must be finite, or NaN throughout")
 

@@ -173,3 +173,24 @@ def test_errors_pass_through():
     compiled = torch.compile(ncfast.class_scatter, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="label 7 in row 1"):
         compiled(torch.randn(3, 2), torch.tensor([0, 7, 1]), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_state_made_inside_the_graph(given):
+    features, labels = torch.randn(20, 4), torch.arange(20) % 3
+    shift = torch.zeros(3, 4) if given else None
+
+    def counts(features, labels, shift):
+        return ncfast.ClassStatistics(3, 4, shift=shift).update(features, labels).counts
+
+    torch._dynamo.reset()
+    compiled = torch.compile(counts, fullgraph=True, backend="aot_eager")
+    assert compiled(features, labels, shift).tolist() == [7, 7, 6]
+
+
+def test_vmap_over_the_reference():
+    rows = torch.randn(6, 5, 4)
+    with ncfast.use_backend("reference"):
+        together = torch.vmap(lambda vectors: ncfast.pair_geometry(vectors).cosine_mean)(rows)
+        apart = torch.stack([ncfast.pair_geometry(vectors).cosine_mean for vectors in rows])
+    torch.testing.assert_close(together, apart)

@@ -7,7 +7,7 @@ import backends
 import numpy as np
 import pytest
 import torch
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 import ncfast
 from ncfast.collapse import collapse_and_distances
@@ -524,8 +524,54 @@ def test_a_model_that_overwrites_what_entered_its_head(loader):
             features.zero_()
             return outputs
 
-    with pytest.raises(ValueError, match="overwrites what entered its head"):
-        ncfast.measure_model(Overwriting(), loader)
+    torch.manual_seed(0)
+    model, ours = Net(), Overwriting()
+    ours.load_state_dict(model.state_dict())
+    assert ncfast.measure_model(ours, loader) == ncfast.measure_model(model, loader)
+
+
+class Merging(torch.nn.Linear):
+    """As adapters do: in eval mode a further product is part of the weight."""
+
+    merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -1.0 if mode else 1.0
+            self.merged = not mode
+        return self
+
+
+def test_a_head_whose_weight_depends_on_its_mode(model, loader):
+    model.head = Merging(8, 4)
+    expected = model.head.weight.detach().clone()
+    tracker = ncfast.Tracker(model)
+    inputs, labels = next(iter(loader))
+    model(inputs)
+    tracker.update(labels)
+    tracker.end_epoch()
+    assert torch.equal(model.head.weight, expected)
+    report = ncfast.measure_model(model, loader)
+    assert not model.head.merged
+    torch.testing.assert_close(model.head.weight.detach(), expected)
+    features, labels = captured(model, loader)
+    assert (
+        report.train_accuracy
+        == ncfast.measure(features, labels, model.head.weight, model.head.bias).train_accuracy
+    )
+
+
+def test_a_weight_read_from_a_cache_keeps_its_gradient(model, loader):
+    torch.nn.utils.parametrizations.weight_norm(model.head)
+    tracker = ncfast.Tracker(model, model.head)
+    inputs, labels = next(iter(loader))
+    with parametrize.cached():
+        model(inputs)
+        tracker.update(labels)
+        parametrize._cache.clear()
+        tracker.end_epoch()
+        assert model.head.weight.requires_grad
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (2, 10), (5, 4, 2)])
@@ -547,4 +593,6 @@ def test_labels_that_are_flat_already_or_have_an_axis_more():
         ncfast.measure_model(model, [(inputs, given)])
         for given in (labels, labels.view(5, 4), labels.view(5, 4, 1), labels.view(20, 1))
     ]
+    flat = torch.nn.Sequential(model[0], torch.nn.Flatten(0, 1), model[1])
+    reports.append(ncfast.measure_model(flat, [(inputs, labels.view(5, 4))]))
     assert all(report == reports[0] for report in reports)

@@ -54,9 +54,11 @@ class NeuralCollapseCallback(Callback):
             resumed = self._resumed["statistics"]
             if trainer.global_rank:  # rank 0 goes on from what all have seen, the others from nothing
                 seen = {name: value for name, value in resumed.items() if isinstance(value, torch.Tensor)}
-                nothing = {name: torch.zeros_like(value) for name, value in seen.items() if name != "shift"}
-                resumed = resumed | nothing | {"num_skipped": 0, "recentring": [0, 0]}
-                resumed |= {"waiting_residuals": None, "waiting_labels": None}
+                nothing: dict[str, Any] = {
+                    name: torch.zeros_like(t) for name, t in seen.items() if name != "shift"
+                }
+                nothing |= {"waiting_residuals": None, "waiting_labels": None, "recentring": [0, 0]}
+                resumed = resumed | nothing | {"num_skipped": 0}
             self.tracker.load_state_dict(self._resumed | {"statistics": resumed})
             self._resumed = None
 
