@@ -577,7 +577,8 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             if module.training != flag:
-                module.train(flag)
+                module.train(flag)  # which may do more than that, or less
+                module.training = flag
 
 
 @contextlib.contextmanager
