@@ -289,13 +289,9 @@ def test_exact_ties_of_centers(backend):
         assert torch.equal(decided, distances.argmin(1))
 
 
+# Columns around a tile of 8-bit numbers; a last group of one vector of classes, or two.
 @pytest.mark.parametrize(
-    (
-        "C",
-        "p",
-        "scale",
-        "dtype",
-    ),  # around a tile of 8-bit numbers; the last of 1 to 3 vectors
+    ("C", "p", "scale", "dtype"),
     [
         (260, 63, 1.0, torch.float32),
         (300, 64, 1e12, torch.bfloat16),

@@ -72,10 +72,10 @@ struct TileArgmax {
     return level ? 2 * (18 + static_cast<double>(steps(p, level)) * (level == 2 ? 3 : 1)) : kDepthOfIntegers;
   }
 
-  static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, int64_t,
+  static void pack_rule(const double* weight, int64_t C, int64_t p, int level, int64_t first, int64_t count,
                         Operand panel, Norms* norms) {
     *norms = {0, 0, 0};
-    for (int64_t c = 0; c < kSide; c++) {
+    for (int64_t c = 0; c < count; c++) {
       const double* row = first + c < C ? weight + (first + c) * p : nullptr;
       char* out = panel.numbers + c / 16 * 16 * bytes(p, level) + c % 16 * 4;
       if (level) {

@@ -84,17 +84,12 @@ class WaitingRows:
 class RowError(ValueError):
     """A complaint about one row, which knows where that row is."""
 
-    def __init__(self, template: str, row: int, **values: int) -> None:
+    def __init__(self, template: str, row: int, values: dict[str, int]) -> None:
         super().__init__(template.format(row=row, **values))
         self.template, self.row, self.values = template, row, values
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RowError.of, (self.template, self.row, self.values)
-
-    @classmethod
-    def of(cls, template: str, row: int, values: dict[str, int]) -> "RowError":
-        """As pickle wants it."""
-        return cls(template, row, **values)
+        return RowError, (self.template, self.row, self.values)
 
 
 @contextlib.contextmanager
@@ -103,7 +98,7 @@ def rows_from(start: int) -> Iterator[None]:
     try:
         yield
     except RowError as error:
-        raise RowError(error.template, start + error.row, **error.values) from None
+        raise RowError(error.template, start + error.row, error.values) from None
 
 
 def class_scatter(
@@ -481,7 +476,9 @@ def check_label_range(labels: torch.Tensor, num_classes: int, ignore_index: int)
     if outside.any():
         row = int(outside.nonzero()[0])
         raise RowError(
-            "label {label} in row {row} is outside [0, {C})", row, label=int(labels[row]), C=num_classes
+            "label {label} in row {row} is outside [0, {C})",
+            row,
+            {"label": int(labels[row]), "C": num_classes},
         )
 
 
@@ -502,7 +499,7 @@ def raise_for_nonfinite(
     used = labels != ignore_index
     bad = nonfinite_rows(features) & used
     if bad.any():
-        raise RowError("features hold a NaN or an infinity in row {row}", int(bad.nonzero()[0]))
+        raise RowError("features hold a NaN or an infinity in row {row}", int(bad.nonzero()[0]), {})
     if shift is not None:
         classes = labels[used].long().unique()
         bad = nonfinite_rows(shift[classes])
